@@ -1,0 +1,315 @@
+"""Every option of a run, typed, with its meaning. Names are megatron-core's own where it has one.
+
+Field documentation is the string literal below each field; ``tests/unit/config`` holds that none is
+missing. ``None`` means "not given": the meaning is then stated. Fields marked ``path()`` are resolved
+against the folder of the YAML file they stand in (overrides on the command line: the working directory).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+def path(default: Any = None) -> Any:
+    """A field that holds a path; see the module's note on how relative paths are resolved."""
+    return field(default=default, metadata={"path": True})
+
+
+@dataclass
+class ModelConfig:
+    """The architecture. Give ``hf_path`` or ``preset``; single fields given beside them override."""
+
+    hf_path: str | None = path()
+    """Folder with a Hugging Face ``config.json`` from which every field below is read."""
+    preset: str | None = None
+    """Name of a shape in ``models/llama.py`` (``llama3_8b``, ``llama3_70b``, ...)."""
+    model_type: str | None = None
+    """Family: the ``model_type`` of the Hugging Face configuration (``llama``)."""
+    num_layers: int | None = None
+    """Number of transformer layers."""
+    hidden_size: int | None = None
+    """Width of the residual stream."""
+    ffn_hidden_size: int | None = None
+    """Width of the gated feed-forward layer (Hugging Face: ``intermediate_size``)."""
+    num_attention_heads: int | None = None
+    """Number of query heads."""
+    num_query_groups: int | None = None
+    """Number of key/value heads (grouped-query attention; Hugging Face: ``num_key_value_heads``)."""
+    kv_channels: int | None = None
+    """Size of one head (Hugging Face: ``head_dim``)."""
+    vocab_size: int | None = None
+    """Rows of the embedding in the Hugging Face checkpoint, before padding."""
+    make_vocab_size_divisible_by: int = 1
+    """The embedding is padded to a multiple of this times ``tensor_model_parallel_size``; rows added are
+    zero at the start and cut off on export."""
+    max_position_embeddings: int | None = None
+    """Longest sequence the released model claims to handle."""
+    layernorm_epsilon: float | None = None
+    """Epsilon of the RMSNorm."""
+    rotary_base: float | None = None
+    """Base of the rotary embedding (Hugging Face: ``rope_theta``; 500000 for Llama-3)."""
+    rope_scaling_factor: float | None = None
+    """Factor of Llama-3.1's rope scaling; not given = no scaling. The other three constants (low 1, high 4,
+    original length 8192) are fixed in megatron-core; a checkpoint with others is refused."""
+    share_embeddings_and_output_weights: bool | None = None
+    """Whether input embedding and output layer are one tensor (Hugging Face: ``tie_word_embeddings``)."""
+    init_method_std: float | None = None
+    """Standard deviation of random initialisation (Hugging Face: ``initializer_range``)."""
+
+
+@dataclass
+class ParallelConfig:
+    """How the model is cut. World size = TP x PP x CP x DP."""
+
+    tensor_model_parallel_size: int = 1
+    """TP: number of ranks that share each weight matrix."""
+    pipeline_model_parallel_size: int = 1
+    """PP: number of pipeline stages."""
+    virtual_pipeline_model_parallel_size: int | None = None
+    """VPP: model chunks per pipeline stage (interleaved 1F1B)."""
+    context_parallel_size: int = 1
+    """CP: number of ranks that share one sequence. Only 1 is accepted in this version."""
+    data_parallel_size: int | None = None
+    """DP: number of replicas; not given = world size / (TP x PP x CP)."""
+    sequence_parallel: bool = False
+    """SP: also cut the norms and the residual stream along the sequence within TP."""
+    num_layers_in_first_pipeline_stage: int | None = None
+    """Layers of the first stage, when the stages are uneven."""
+    num_layers_in_last_pipeline_stage: int | None = None
+    """Layers of the last stage, when the stages are uneven."""
+    pipeline_model_parallel_layout: str | None = None
+    """Explicit layout in megatron-core's notation, one part per chunk, for example ``Et|t|t|ttL``."""
+    use_distributed_optimizer: bool = True
+    """Shard optimizer state over DP (ZeRO-1)."""
+    overlap_grad_reduce: bool = False
+    """Overlap the gradient reduction with the backward pass."""
+    overlap_param_gather: bool = False
+    """Overlap the parameter all-gather with the forward pass (needs ``use_distributed_optimizer``)."""
+    overlap_p2p_comm: bool | None = None
+    """Overlap pipeline sends and receives; not given = on exactly when VPP is used."""
+    deallocate_pipeline_outputs: bool | None = None
+    """Free a stage's output once it is sent; not given = on where it is safe (see ``validate``)."""
+
+
+@dataclass
+class SourceConfig:
+    """One source of text, tokenised by ``tools/prepare_data.py``."""
+
+    path: str = field(default="", metadata={"path": True, "required": True})
+    """Prefix of the ``.bin``/``.idx``/``.json`` files."""
+
+
+@dataclass
+class StageConfig:
+    """One stage of the mixture, as Llama-3-SynE's bilingual adaptation and synthetic enhancement."""
+
+    name: str = field(default="", metadata={"required": True})
+    """Name shown in logs and tensorboard."""
+    tokens: int = field(default=0, metadata={"required": True})
+    """Token budget of the stage; rounded up to whole global batches."""
+    mixture: dict[str, Any] = field(default_factory=dict)
+    """Share of each source: ``source: 0.2``, or a group ``zh: {share: 0.2, of: {zh_web: 0.7, zh_book: 0.3}}``
+    to any depth. Shares of one level must sum to 1."""
+
+
+@dataclass
+class DataConfig:
+    """What is read, in which proportion, in which order."""
+
+    seq_length: int = 1024
+    """Tokens per sample that are predicted; a sample holds ``seq_length + 1`` tokens."""
+    tokenizer_path: str | None = path()
+    """Folder of the tokenizer; its files are copied into the exported Hugging Face folder."""
+    sources: dict[str, SourceConfig] = field(default_factory=dict)
+    """Training sources by name."""
+    validation: dict[str, SourceConfig] = field(default_factory=dict)
+    """Validation sources by name; each gets its own loss and perplexity."""
+    stages: list[StageConfig] = field(default_factory=list)
+    """Stages in the order they are trained; a change of stage falls on a global-batch boundary."""
+    mock: bool = False
+    """Use reproducible random tokens in place of sources (benchmarks, layout tests)."""
+
+
+@dataclass
+class OptimizerConfig:
+    """AdamW, as megatron-core's ``OptimizerConfig``."""
+
+    lr: float = 1e-5
+    """Peak learning rate."""
+    min_lr: float = 0.0
+    """Learning rate at the end of the decay."""
+    adam_beta1: float = 0.9
+    """First-moment decay."""
+    adam_beta2: float = 0.95
+    """Second-moment decay."""
+    adam_eps: float = 1e-8
+    """Epsilon of Adam."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay (not applied to norms and biases)."""
+    clip_grad: float = 1.0
+    """Clip the global gradient norm to this; 0 = no clipping."""
+
+
+@dataclass
+class ScheduleConfig:
+    """Learning rate over the run, as megatron-core's ``OptimizerParamScheduler``."""
+
+    lr_decay_style: Literal["constant", "linear", "cosine", "inverse-square-root", "WSD"] = "WSD"
+    """Shape after the warm-up."""
+    lr_warmup_init: float = 0.0
+    """Learning rate at step 0, from which the warm-up rises linearly (Llama-3-SynE: 1e-7)."""
+    lr_warmup_iters: int | None = None
+    """Length of the warm-up in iterations; give this or ``lr_warmup_tokens``."""
+    lr_warmup_tokens: int | None = None
+    """Length of the warm-up in tokens (Llama-3-SynE: 10 billion)."""
+    lr_decay_iters: int | None = None
+    """Iteration at which the decay ends; not given = ``train_iters``."""
+    lr_wsd_decay_iters: int | None = None
+    """Length of WSD's final decay in iterations; 0 or not given = never decays (as Llama-3-SynE ran)."""
+    lr_wsd_decay_style: Literal["exponential", "linear", "cosine", "minus_sqrt"] = "exponential"
+    """Shape of WSD's final decay."""
+
+
+@dataclass
+class PrecisionConfig:
+    """Number formats."""
+
+    params_dtype: Literal["bf16", "fp32"] = "bf16"
+    """Format of weights and activations; with bf16 the optimizer keeps fp32 master weights."""
+    accumulate_allreduce_grads_in_fp32: bool = True
+    """Accumulate and reduce gradients in fp32."""
+    fp8: Literal["delayed", "tensorwise", "blockwise"] | None = None
+    """Transformer Engine FP8 recipe; needs the CUDA platform and Transformer Engine."""
+    fp8_format: Literal["hybrid", "e4m3"] = "hybrid"
+    """FP8 formats: hybrid = E4M3 forward, E5M2 for gradients."""
+    first_last_layers_bf16: bool = False
+    """Keep the first and the last layer in bf16 under FP8."""
+    fp8_param_gather: bool = False
+    """Keep and gather the weights in FP8."""
+
+
+@dataclass
+class TrainConfig:
+    """Batches, length, evaluation."""
+
+    micro_batch_size: int = 1
+    """Samples per forward pass of one replica."""
+    global_batch_size: int = 8
+    """Samples per optimizer step over all replicas."""
+    train_iters: int | None = None
+    """Number of optimizer steps; not given = the token budgets of ``data.stages``."""
+    exit_interval: int | None = None
+    """Save and stop cleanly (exit 75) once the iteration is a multiple of this."""
+    eval_interval: int | None = None
+    """Evaluate every so many iterations; not given = never."""
+    eval_iters: int = 10
+    """Global batches per validation source at each evaluation; fewer where the source is shorter."""
+    seed: int = 1234
+    """Seed of initialisation, shuffling and dropout."""
+
+
+@dataclass
+class CheckpointConfig:
+    """Where to start and what to keep."""
+
+    initialize_from: str | None = path()
+    """Weights to start from when the run folder holds no checkpoint: a Hugging Face folder, a folder of
+    converted shards, or a training checkpoint of another run (weights only). Not given = random."""
+    save_interval: int | None = None
+    """Save every so many iterations; a last checkpoint is written at the end in any case."""
+    keep_latest: int = 3
+    """Number of checkpoints kept; 0 = all."""
+
+
+@dataclass
+class ResilienceConfig:
+    """Stopping and waiting."""
+
+    exit_signals: list[str] = field(default_factory=lambda: ["SIGTERM", "SIGUSR1"])
+    """Signals after which the run saves at the next step boundary and exits with 75."""
+    distributed_timeout_seconds: int = 600
+    """A collective that waits longer than this ends the run."""
+
+
+@dataclass
+class MonitorConfig:
+    """What is shown and written."""
+
+    log_interval: int = 1
+    """Write metrics every so many iterations."""
+    tensorboard: bool = True
+    """Write tensorboard events to ``<run_dir>/tensorboard``."""
+    progress: bool = True
+    """Show a progress line on the console of rank 0."""
+
+
+@dataclass
+class LaunchConfig:
+    """How ``launch/slurm.py`` asks for machines. Nothing here changes the numbers of a run."""
+
+    job_name: str = "syne"
+    """Name of the Slurm job."""
+    nodes: int = 1
+    """Number of nodes."""
+    ntasks_per_node: int = 8
+    """Processes per node: one per GPU."""
+    gpus_per_node: int = 8
+    """GPUs asked for on each node; 0 = none (CPU platform)."""
+    cpus_per_task: int | None = None
+    """CPU cores per process."""
+    time: str = "24:00:00"
+    """Time limit, in Slurm's notation."""
+    partition: str | None = None
+    """Partition."""
+    account: str | None = None
+    """Account."""
+    qos: str | None = None
+    """Quality of service."""
+    signal_lead_seconds: int = 300
+    """The job is signalled this long before its limit; it saves and is requeued. Must exceed the time of one
+    step and one checkpoint; Slurm looks about every 30 s."""
+    max_no_progress: int = 3
+    """Requeue stops after this many starts in a row that saved nothing new."""
+    python: str = "python3"
+    """Python interpreter of the environment on the nodes."""
+    setup_lines: list[str] = field(default_factory=list)
+    """Shell lines run before ``srun`` (module loads, environment activation)."""
+    env: dict[str, str] = field(default_factory=dict)
+    """Environment variables exported to every rank."""
+    srun_args: list[str] = field(default_factory=list)
+    """Extra arguments of ``srun`` (for instance a container image)."""
+    sbatch_args: list[str] = field(default_factory=list)
+    """Extra ``#SBATCH`` options, for example ``--exclusive``."""
+
+
+@dataclass
+class RunConfig:
+    """A whole run."""
+
+    run_dir: str = field(default="", metadata={"path": True, "required": True})
+    """Folder of the run: configuration, logs, tensorboard, checkpoints."""
+    platform: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where it runs; ``auto`` = cuda where there is a GPU. ``cpu`` hides GPUs from the run."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """Architecture."""
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    """Layout."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """Data."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """Optimizer."""
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    """Learning rate."""
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    """Number formats."""
+    train: TrainConfig = field(default_factory=TrainConfig)
+    """Batches and length."""
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    """Start and saving."""
+    resilience: ResilienceConfig = field(default_factory=ResilienceConfig)
+    """Stopping."""
+    monitor: MonitorConfig = field(default_factory=MonitorConfig)
+    """Watching."""
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
+    """Slurm."""
