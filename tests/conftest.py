@@ -1,0 +1,28 @@
+"""Shared fixtures: where real inputs from outside lie, when they are there."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")  # megatron-core's fused functions need a compiler
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    """Root of the checkout."""
+    return REPOSITORY
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Folder of real inputs (a trained Llama, Meta's tokenizer, text) kept beside the checkout."""
+    folder = REPOSITORY.parent / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip("real inputs are absent: expected the folder ../shared/data beside the checkout")
+    return folder
