@@ -64,9 +64,7 @@ def coordinates(rank: int, parallel: ParallelConfig, world_size: int) -> Coordin
     """Coordinates of a rank, in megatron-core's default order tp-cp-dp-pp (tp varies fastest)."""
     tp, cp = parallel.tensor_model_parallel_size, parallel.context_parallel_size
     dp = data_parallel_size(parallel, world_size)
-    return Coordinates(
-        tp=rank % tp, cp=rank // tp % cp, dp=rank // (tp * cp) % dp, pp=rank // (tp * cp * dp)
-    )
+    return Coordinates(tp=rank % tp, cp=rank // tp % cp, dp=rank // (tp * cp) % dp, pp=rank // (tp * cp * dp))
 
 
 def chunk_layers(parallel: ParallelConfig, num_layers: int) -> list[list[list[int]]]:

@@ -1,0 +1,153 @@
+"""Save and load weights, optimizer and counters as megatron-core's ``torch_dist``, in any layout."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from megatron_syne.checkpoint import folder as folders
+from megatron_syne.config.schema import ModelConfig
+from megatron_syne.errors import ConfigError, IOFault
+from megatron_syne.models.gpt import unwrap
+from megatron_syne.training.state import TrainState
+
+logger = logging.getLogger(__name__)
+
+
+class CheckpointManager:
+    """Checkpoints of one run below ``root``. Every method must be called by all ranks."""
+
+    def __init__(self, root: Path, artifacts: Path | None, keep_latest: int = 3) -> None:
+        """``artifacts``: folder with config.json and tokenizer, copied into each checkpoint (under ``hf/``) so
+        that a checkpoint can be exported wherever it is taken."""
+        self.root = root
+        self.artifacts = artifacts
+        self.keep_latest = keep_latest
+
+    def save(self, chunks: list[Any], optimizer: Any, state: TrainState, run: dict[str, Any]) -> Path:
+        """Write the checkpoint of ``state.step``; returns its folder once it is complete on disk.
+
+        ``run``: plain values kept beside the state (model configuration, data fingerprint, layout).
+        """
+        final = folders.checkpoint_path(self.root, state.step)
+        temporary = final.with_name(final.name + ".tmp")
+        self._on_rank_0(lambda: self._make(temporary))
+        from megatron.core import dist_checkpointing
+
+        sharded = sharded_state(chunks, optimizer, is_loading=False)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            dist_checkpointing.save(sharded, str(temporary))
+        dist.barrier()
+        self._on_rank_0(lambda: self._finish(temporary, final, state, run))
+        return final
+
+    def newest(self) -> Path | None:
+        """Newest whole checkpoint; all ranks get rank 0's answer."""
+        found = [folders.newest(self.root)] if dist.get_rank() == 0 else [None]
+        dist.broadcast_object_list(found, src=0)
+        return found[0]
+
+    def _make(self, temporary: Path) -> None:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+
+    def _finish(self, temporary: Path, final: Path, state: TrainState, run: dict[str, Any]) -> None:
+        (temporary / "state.json").write_text(json.dumps({"state": state.to_dict(), **run}, indent=1) + "\n")
+        if self.artifacts is not None:
+            shutil.copytree(self.artifacts, temporary / "hf")
+        folders.seal(temporary, {"step": state.step})
+        folders.publish(temporary, final)
+        folders.clean(self.root, self.keep_latest)
+
+    def _on_rank_0(self, action: Any) -> None:
+        """Do something on rank 0 only; a failure becomes the same IOFault on every rank."""
+        failure: list[str | None] = [None]
+        if dist.get_rank() == 0:
+            try:
+                action()
+            except OSError as error:
+                failure[0] = f"{error.strerror or error}: {error.filename or self.root}"
+        dist.broadcast_object_list(failure, src=0)
+        if failure[0]:
+            raise IOFault(
+                f"cannot write a checkpoint: {failure[0]}; the earlier ones are kept. Free space or change run_dir"
+            )
+
+
+def sharded_state(chunks: list[Any], optimizer: Any | None, is_loading: bool) -> dict[str, Any]:
+    """megatron-core's sharded state dict of model and, where given, optimizer.
+
+    ``fully_reshardable``: optimizer state as whole tensors, so that TP, PP and DP may all change.
+    """
+    from megatron.core import parallel_state
+
+    metadata = {
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "distrib_optim_fully_reshardable_mem_efficient": False,
+        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
+    }
+    state: dict[str, Any] = {
+        ("model" if len(chunks) == 1 else f"model{index}"): unwrap(chunk).sharded_state_dict(
+            metadata=metadata
+        )
+        for index, chunk in enumerate(chunks)
+    }
+    if optimizer is not None:
+        state["optimizer"] = optimizer.sharded_state_dict(state, is_loading=is_loading, metadata=metadata)
+    return state
+
+
+def load(path: Path, chunks: list[Any], optimizer: Any | None) -> TrainState:
+    """Load weights and, where ``optimizer`` is given, its state and the run's counters; any layout.
+
+    Without an optimizer only the weights are taken (starting another run) and a fresh state is returned.
+    """
+    from megatron.core import dist_checkpointing
+
+    folders.read_manifest(path)
+    folders.read_metadata(path)
+    sharded = sharded_state(chunks, optimizer, is_loading=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        loaded = dist_checkpointing.load(sharded, str(path))
+    for index, chunk in enumerate(chunks):
+        unwrap(chunk).load_state_dict(loaded["model" if len(chunks) == 1 else f"model{index}"], strict=True)
+    if optimizer is None:
+        return TrainState()
+    optimizer.load_state_dict(loaded["optimizer"])
+    return TrainState.from_dict(read_run(path)["state"])
+
+
+def read_run(path: Path) -> dict[str, Any]:
+    """``state.json`` of a checkpoint: counters, model configuration, data fingerprint, layout."""
+    values: dict[str, Any] = json.loads((path / "state.json").read_text())
+    return values
+
+
+def check_same_model(path: Path, model: ModelConfig, fields: list[str]) -> None:
+    """Refuse to resume a checkpoint of another architecture, naming every field that differs."""
+    stored = read_run(path)["model"]
+    differing = [
+        f"{name}: checkpoint {stored.get(name)!r}, configuration {getattr(model, name)!r}"
+        for name in fields
+        if stored.get(name) != getattr(model, name)
+    ]
+    if differing:
+        raise ConfigError(
+            f"{path} holds another model: {'; '.join(differing)}. Restore the configuration, or start a new run_dir "
+            "with checkpoint.initialize_from"
+        )
+
+
+def free_bytes(path: Path) -> int:
+    """Bytes free on the disk that holds ``path``."""
+    stat = os.statvfs(path)
+    return stat.f_bavail * stat.f_frsize

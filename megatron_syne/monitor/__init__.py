@@ -1,0 +1,1 @@
+"""Watching a run: ``console`` (progress line), ``events`` (tensorboard and metrics.jsonl)."""

@@ -1,0 +1,75 @@
+"""A progress line on rank 0: step, loss, rate, time left. One line that is redrawn on a terminal; in a log
+file a new line now and then."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, TextIO
+
+from megatron_syne.training.callback import Callback
+
+if TYPE_CHECKING:
+    from megatron_syne.training.trainer import Trainer
+
+
+class ConsoleProgress(Callback):
+    """Writes to stderr; give ``every_seconds=0`` to see each step in a log file."""
+
+    def __init__(self, stream: TextIO | None = None, every_seconds: float = 5.0) -> None:
+        self.stream = stream or sys.stderr
+        self.every_seconds = every_seconds
+        self.last_shown = 0.0
+        self.started = 0.0
+        self.first_step = 0
+
+    def on_train_start(self, trainer: Trainer) -> None:
+        """Say where the run begins."""
+        self.started, self.first_step = time.monotonic(), trainer.state.step
+        self._line(
+            f"training: steps {trainer.state.step} -> {trainer.train_iters}, {trainer.platform.describe()}"
+        )
+
+    def on_step_end(self, trainer: Trainer, metrics: dict[str, float]) -> None:
+        """Redraw."""
+        step, last = trainer.state.step, trainer.train_iters
+        now = time.monotonic()
+        terminal = self.stream.isatty()
+        due = 0.2 if terminal else self.every_seconds
+        if now - self.last_shown < due and step != last and step != self.first_step + 1:
+            return
+        self.last_shown = now
+        left = (now - self.started) / max(step - self.first_step, 1) * (last - step)
+        done = math.floor(24 * step / last)
+        text = (
+            f"[{'=' * done}{' ' * (24 - done)}] {step}/{last}  loss {metrics['loss']:.4f}  "
+            f"lr {metrics['learning_rate']:.2e}  grad {metrics['grad_norm']:.2f}  "
+            f"{metrics['tokens_per_second']:,.0f} tok/s  left {_clock(left)}"
+        )
+        if terminal:
+            self.stream.write(f"\r\x1b[K{text}" + ("\n" if step == last else ""))
+            self.stream.flush()
+        else:
+            self._line(text)
+
+    def on_evaluation(self, trainer: Trainer, losses: dict[str, float]) -> None:
+        """Perplexity of each validation source."""
+        figures = "  ".join(f"{name} {math.exp(min(loss, 50.0)):.2f}" for name, loss in losses.items())
+        self._line(f"step {trainer.state.step}: validation perplexity  {figures}")
+
+    def on_checkpoint_saved(self, trainer: Trainer, path: Path) -> None:
+        """Name the checkpoint."""
+        self._line(f"step {trainer.state.step}: saved {path}")
+
+    def _line(self, text: str) -> None:
+        lead = "\r\x1b[K" if self.stream.isatty() else ""
+        self.stream.write(f"{lead}{text}\n")
+        self.stream.flush()
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -1,0 +1,113 @@
+"""What a run leaves to be looked at: tensorboard events and ``metrics.jsonl``, written by rank 0 alone."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+from megatron_syne.training.callback import Callback
+
+if TYPE_CHECKING:
+    from megatron_syne.training.trainer import Trainer
+
+# tensorboard groups scalars by what stands before the slash
+_TAGS = {
+    "loss": "train/loss",
+    "grad_norm": "train/grad_norm",
+    "learning_rate": "train/learning_rate",
+    "tokens_per_second": "speed/tokens_per_second",
+    "step_seconds": "speed/step_seconds",
+    "data_seconds": "speed/data_seconds",
+    "consumed_tokens": "progress/consumed_tokens",
+    "consumed_samples": "progress/consumed_samples",
+}
+
+
+class TensorboardEvents(Callback):
+    """Events below ``<run_dir>/tensorboard``; a resumed run writes on, and hides what it repeats."""
+
+    def __init__(self, folder: Path, description: str) -> None:
+        self.folder = folder
+        self.description = description
+        self.writer: Any = None
+
+    def on_train_start(self, trainer: Trainer) -> None:
+        """Open the writer; ``purge_step`` drops events of steps that were lost with a killed process."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer = SummaryWriter(str(self.folder), purge_step=trainer.state.step + 1)
+        self.writer.add_text("run", f"```\n{self.description}\n```", trainer.state.step)
+
+    def on_step_end(self, trainer: Trainer, metrics: dict[str, float]) -> None:
+        """One scalar per metric."""
+        if trainer.state.step % trainer.config.monitor.log_interval == 0:
+            for name, value in metrics.items():
+                self.writer.add_scalar(_TAGS.get(name, f"train/{name}"), value, trainer.state.step)
+
+    def on_evaluation(self, trainer: Trainer, losses: dict[str, float]) -> None:
+        """Loss and perplexity per validation source."""
+        for name, loss in losses.items():
+            self.writer.add_scalar(f"validation_loss/{name}", loss, trainer.state.step)
+            self.writer.add_scalar(
+                f"validation_perplexity/{name}", math.exp(min(loss, 50.0)), trainer.state.step
+            )
+        self.writer.flush()
+
+    def on_train_end(self, trainer: Trainer) -> None:
+        """Flush to disk."""
+        self.writer.close()
+
+    def on_exception(self, trainer: Trainer, error: BaseException) -> None:
+        """Keep what was seen before the failure."""
+        if self.writer is not None:
+            self.writer.close()
+
+
+class MetricsLog(Callback):
+    """One JSON object per line; losses also as ``float.hex`` so that two runs can be compared to the bit."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.stream: TextIO | None = None
+
+    def on_train_start(self, trainer: Trainer) -> None:
+        """Open for appending, after cutting off what is later than the state that was loaded."""
+        _drop_after(self.path, trainer.state.step)
+        self.stream = self.path.open("a")
+
+    def on_step_end(self, trainer: Trainer, metrics: dict[str, float]) -> None:
+        """The step's metrics."""
+        if trainer.state.step % trainer.config.monitor.log_interval == 0:
+            self._write({"step": trainer.state.step, **metrics, "loss_hex": metrics["loss"].hex()})
+
+    def on_evaluation(self, trainer: Trainer, losses: dict[str, float]) -> None:
+        """The validation losses."""
+        self._write({"step": trainer.state.step, "validation": losses})
+
+    def on_train_end(self, trainer: Trainer) -> None:
+        """Close."""
+        if self.stream is not None:
+            self.stream.close()
+
+    def _write(self, record: dict[str, Any]) -> None:
+        assert self.stream is not None
+        self.stream.write(json.dumps(record) + "\n")
+        self.stream.flush()
+
+
+def _drop_after(path: Path, step: int) -> None:
+    """Remove records of steps that a killed process did but no checkpoint kept, and a torn last line."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except (ValueError, KeyError, TypeError):
+            continue
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text("".join(kept))
+    temporary.replace(path)

@@ -1,0 +1,85 @@
+"""What the rest of the stack may ask of the machine, and the choice between CUDA and CPU."""
+
+from __future__ import annotations
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+    from megatron_syne.config.schema import ModelConfig, PrecisionConfig, RunConfig
+
+
+class Platform(ABC):
+    """One kind of machine. Create it with :func:`select`, before megatron-core is imported."""
+
+    name: str
+    """``cpu`` or ``cuda``."""
+    backend: str
+    """torch.distributed backend: ``gloo`` or ``nccl``."""
+
+    @property
+    @abstractmethod
+    def device(self) -> torch.device:
+        """Device of this rank's tensors."""
+
+    @abstractmethod
+    def start(self, local_rank: int, precision: PrecisionConfig) -> None:
+        """Make the machine ready; raises ConfigError where it cannot run this precision."""
+
+    @abstractmethod
+    def layer_spec(self) -> tuple[Any, Any]:
+        """megatron-core's layer ``ModuleSpec`` and the class of the final norm (None = the engine's own)."""
+
+    @abstractmethod
+    def engine_options(self, config: RunConfig) -> dict[str, Any]:
+        """Fields of megatron-core's ``TransformerConfig`` that depend on the machine."""
+
+    @abstractmethod
+    def synchronize(self) -> None:
+        """Wait for queued work, so that a clock can be read."""
+
+    @abstractmethod
+    def memory_allocated(self) -> int:
+        """Peak memory of this rank in bytes: device memory on CUDA, resident set on CPU."""
+
+    @abstractmethod
+    def describe(self) -> str:
+        """One line for the log: device, versions, which optional packages are used and why."""
+
+    def to_device(self, batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Copy a batch to this rank's device (no copy where it is there already)."""
+        return {key: value.to(self.device, non_blocking=True) for key, value in batch.items()}
+
+    def check_model(self, model: ModelConfig) -> None:  # noqa: B027 (an optional hook)
+        """Raise ConfigError where this machine cannot run the architecture."""
+
+
+def has_gpu() -> bool:
+    """Whether an NVIDIA GPU is visible, asked without torch: ``auto`` must be known before its import."""
+    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+        return False
+    return os.path.exists("/proc/driver/nvidia/version") or os.path.exists("/dev/nvidiactl")
+
+
+def resolve_name(wanted: str) -> str:
+    """``auto`` -> ``cuda`` where a GPU is visible, else ``cpu``."""
+    return ("cuda" if has_gpu() else "cpu") if wanted == "auto" else wanted
+
+
+def select(wanted: str) -> Platform:
+    """The platform for ``auto``, ``cpu`` or ``cuda``; must be called before megatron-core is imported.
+
+    ``cpu`` hides the GPUs of the machine, so that engine and torch agree that there is none.
+    """
+    if resolve_name(wanted) == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        from megatron_syne.platform.cpu import CpuPlatform
+
+        return CpuPlatform()
+    from megatron_syne.platform.cuda import CudaPlatform
+
+    return CudaPlatform()

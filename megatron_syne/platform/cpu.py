@@ -1,0 +1,211 @@
+"""megatron-core on a CPU over gloo: every bridge to the unmodified engine, each with its reason.
+
+megatron-core 0.16 names CUDA in about sixty places on the path of a training step. They fall into five
+kinds, and each is bridged once here rather than patched where it stands:
+
+* ``device="cuda"`` and ``.cuda()``, ``pin_memory=True``: a ``TorchFunctionMode`` sends them to the CPU;
+* ``torch.cuda.current_device()``, ``synchronize()``, the CUDA random state: replaced by CPU versions;
+* comparisons with ``"torch.cuda.FloatTensor"``: ``Tensor.type()`` answers with the CUDA spelling;
+* Adam: the distributed optimizer's checkpoints need a step per group, as Transformer Engine and apex have;
+* RMSNorm: the engine's local one refuses sequence parallelism.
+
+The mode is thread-local: only the main thread may call the engine. CUDA streams, events and graphs are not
+bridged; ``preflight`` refuses the options that need them. Only ever installed where no CUDA is visible.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import resource
+import sys
+import warnings
+from typing import Any
+
+# Read when torch's compiler is first imported: megatron-core decorates functions with torch.compile at
+# import, which would call a C++ compiler in the first step (1.5-9.5 s against 0.2 s).
+os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
+# A half-installed Transformer Engine (its meta wheel alone) makes ``import megatron.core`` fail on a machine
+# without a GPU, and a whole one would put CUDA kernels into the optimizer: neither is wanted here.
+for _package in ("transformer_engine", "apex"):
+    sys.modules.setdefault(_package, None)  # type: ignore[arg-type]
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from megatron_syne.config.schema import PrecisionConfig, RunConfig
+from megatron_syne.errors import ConfigError
+from megatron_syne.platform.base import Platform
+
+_CPU = torch.device("cpu")
+
+
+class _CudaToCpu(TorchFunctionMode):
+    """Redirect what the engine addresses to CUDA."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.Tensor.cuda:
+            return args[0]
+        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
+            return func(args[0]).replace("torch.", "torch.cuda.", 1)
+        if str(kwargs.get("device", "")).startswith("cuda"):
+            kwargs = {**kwargs, "device": _CPU}
+        elif (
+            func is torch.Tensor.to
+            and len(args) > 1
+            and isinstance(args[1], (str, torch.device))
+            and str(args[1]).startswith("cuda")
+        ):
+            args = (args[0], _CPU, *args[2:])
+        if kwargs.get("pin_memory"):
+            kwargs = {**kwargs, "pin_memory": False}
+        return func(*args, **kwargs)
+
+
+class GroupStepAdamW(torch.optim.Optimizer):
+    """AdamW with one step counter per parameter group and fp32 moments, as Transformer Engine's FusedAdam.
+
+    torch's own keeps a ``step`` tensor per parameter, with which megatron-core's ``DistributedOptimizer``
+    can save a checkpoint but not load one. Update: decoupled weight decay (Loshchilov and Hutter,
+    arXiv 1711.05101, algorithm 2) with bias correction.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        weight_decay: float = 0.0,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        **_: Any,
+    ) -> None:
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "betas": betas, "eps": eps})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """One update of every parameter that has a gradient."""
+        assert closure is None, "megatron-core passes no closure"
+        for group in self.param_groups:
+            group["step"] = group.get("step", 0) + 1
+            params = [p for p in group["params"] if p.grad is not None]
+            for p in params:
+                if "exp_avg" not in self.state[p]:
+                    self.state[p]["exp_avg"] = torch.zeros_like(p, dtype=torch.float32)
+                    self.state[p]["exp_avg_sq"] = torch.zeros_like(p, dtype=torch.float32)
+            beta1, beta2 = group["betas"]
+            torch.optim._functional.adamw(
+                params,
+                [p.grad for p in params],
+                [self.state[p]["exp_avg"] for p in params],
+                [self.state[p]["exp_avg_sq"] for p in params],
+                [],
+                # the function increments the counters it is given; ours is the group's, so hand it copies
+                [torch.tensor(float(group["step"] - 1)) for _ in params],
+                foreach=False,
+                amsgrad=False,
+                beta1=beta1,
+                beta2=beta2,
+                lr=group["lr"],
+                weight_decay=group["weight_decay"],
+                eps=group["eps"],
+                maximize=False,
+            )
+
+
+class SequenceParallelRMSNorm(torch.nn.RMSNorm):
+    """RMSNorm whose gradient the engine sums over TP when sequence parallelism is on."""
+
+    def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
+        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
+        # read by finalize_model_grads: each TP rank has seen only its part of the sequence
+        self.weight.sequence_parallel = config.sequence_parallel
+
+
+_bridge: _CudaToCpu | None = None
+
+
+def install_bridge() -> None:
+    """Bridge the engine to this CPU, once per process; refuses where CUDA is visible."""
+    global _bridge
+    if _bridge is not None:
+        return
+    if torch.cuda.is_available():
+        raise ConfigError(
+            "platform cpu was chosen after torch had found a GPU; set CUDA_VISIBLE_DEVICES= (empty) and retry"
+        )
+    cuda: Any = torch.cuda
+    cuda.current_device = lambda: _CPU
+    cuda.synchronize = lambda *args, **kwargs: None
+    cuda.get_rng_state = lambda *args, **kwargs: torch.get_rng_state()
+    cuda.set_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+    cuda.random.get_rng_state = cuda.get_rng_state
+    cuda.manual_seed = torch.manual_seed
+
+    with warnings.catch_warnings():  # "Transformer Engine and Apex are not installed": known, meant
+        warnings.simplefilter("ignore")
+        from megatron.core import optimizer as engine_optimizer
+        from megatron.core.optimizer import distrib_optimizer
+        from megatron.core.tensor_parallel import random as engine_random
+
+    engine_random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+    # CPU and "CUDA" random states are one and the same here; the tracker takes that for a mistake.
+    logging.getLogger("megatron.core.tensor_parallel.random").setLevel(logging.ERROR)
+    engine_optimizer.Adam, engine_optimizer.USING_PYTORCH_OPTIMIZER = GroupStepAdamW, False
+    distrib_optimizer.Adam = GroupStepAdamW
+    distrib_optimizer.HAVE_APEX_OR_TE = distrib_optimizer.USING_APEX_OPTIMIZER = True
+    # torch 2.13 renames two collectives that the engine calls by their old names
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"megatron|torch\.distributed")
+    _bridge = _CudaToCpu()
+    _bridge.__enter__()
+
+
+class CpuPlatform(Platform):
+    """gloo, the engine's local layers, one thread per rank unless OMP_NUM_THREADS says otherwise."""
+
+    name = "cpu"
+    backend = "gloo"
+
+    @property
+    def device(self) -> torch.device:
+        return _CPU
+
+    def start(self, local_rank: int, precision: PrecisionConfig) -> None:
+        if precision.fp8 is not None:
+            raise ConfigError(
+                f"precision.fp8: {precision.fp8!r} needs Transformer Engine on a CUDA GPU, and this run is on "
+                "the CPU platform; set precision.fp8=null or platform=cuda"
+            )
+        install_bridge()
+
+    def layer_spec(self) -> tuple[Any, Any]:
+        from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+
+        spec = get_gpt_layer_local_spec(normalization="RMSNorm")
+        spec.submodules.input_layernorm = SequenceParallelRMSNorm
+        spec.submodules.pre_mlp_layernorm = SequenceParallelRMSNorm
+        return spec, SequenceParallelRMSNorm
+
+    def engine_options(self, config: RunConfig) -> dict[str, Any]:
+        return {
+            "use_cpu_initialization": True,
+            "gradient_accumulation_fusion": False,  # apex's or Transformer Engine's kernel
+            "persist_layer_norm": False,
+            "masked_softmax_fusion": False,  # bf16: imports a CUDA extension
+            "bias_activation_fusion": False,  # torch.compile
+            "bias_dropout_fusion": False,
+            "apply_rope_fusion": False,  # Transformer Engine's kernel
+            "cross_entropy_loss_fusion": False,  # casts the gradient of the logits to bf16, also in fp32
+        }
+
+    def synchronize(self) -> None:
+        return None
+
+    def memory_allocated(self) -> int:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+    def describe(self) -> str:
+        return (
+            f"cpu: torch {torch.__version__}, gloo, {torch.get_num_threads()} thread(s) per rank, "
+            "megatron-core local layers"
+        )

@@ -1,0 +1,132 @@
+"""CUDA GPUs: nccl, Transformer Engine layers, FP8 recipes, fused Adam; apex where it is found.
+
+Nothing falls back silently: without Transformer Engine the platform refuses to start and says which import
+failed, since megatron-core alone would quietly build its local layers instead.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import torch
+
+from megatron_syne.config.schema import PrecisionConfig, RunConfig
+from megatron_syne.errors import ConfigError
+from megatron_syne.platform.base import Platform
+
+
+def import_failure(module: str) -> str | None:
+    """Why ``module`` cannot be imported, or None. Catches everything: Transformer Engine raises
+    RuntimeError where a library is missing, not ImportError."""
+    try:
+        importlib.import_module(module)
+    except Exception as error:
+        return f"import {module} failed: {type(error).__name__}: {error}"
+    return None
+
+
+def require_transformer_engine(precision: PrecisionConfig) -> None:
+    """Raise ConfigError, with the import that failed, unless Transformer Engine and the engine's use of it work."""
+    what = f"precision.fp8: {precision.fp8!r}" if precision.fp8 else "platform: cuda"
+    for module in ("transformer_engine", "transformer_engine.pytorch", "transformer_engine_torch"):
+        failure = import_failure(module)
+        if failure:
+            raise ConfigError(
+                f"{what} needs Transformer Engine, but {failure}; install the extra megatron_syne[te] for this "
+                "torch and CUDA, or set platform=cpu"
+            )
+    from megatron.core.extensions import transformer_engine as bridge
+
+    if not bridge.HAVE_TE:
+        raise ConfigError(
+            f"{what}: Transformer Engine imports, but megatron-core could not import the parts it uses "
+            "(its HAVE_TE is False); install transformer-engine >=2.9,<2.12 for megatron-core 0.16.1"
+        )
+
+
+def fp8_options(precision: PrecisionConfig) -> dict[str, Any]:
+    """megatron-core's ``TransformerConfig`` fields for an FP8 recipe; empty where FP8 is off.
+
+    Delayed scaling keeps 1024 amax values and takes their maximum, as Transformer Engine's own default
+    recipe (``DelayedScaling``) does; megatron-core's bare default would keep a single one.
+    """
+    if precision.fp8 is None:
+        return {}
+    options: dict[str, Any] = {
+        "fp8": precision.fp8_format,
+        "fp8_recipe": precision.fp8,
+        "fp8_param": precision.fp8_param_gather,
+        "first_last_layers_bf16": precision.first_last_layers_bf16,
+    }
+    if precision.first_last_layers_bf16:
+        options |= {"num_layers_at_start_in_bf16": 1, "num_layers_at_end_in_bf16": 1}
+    if precision.fp8 == "delayed":
+        options |= {"fp8_amax_history_len": 1024, "fp8_amax_compute_algo": "max"}
+    return options
+
+
+class CudaPlatform(Platform):
+    """One GPU per rank."""
+
+    name = "cuda"
+    backend = "nccl"
+
+    def __init__(self) -> None:
+        self._device = torch.device("cuda", 0)
+
+    @property
+    def device(self) -> torch.device:
+        return self._device
+
+    def start(self, local_rank: int, precision: PrecisionConfig) -> None:
+        if not torch.cuda.is_available():
+            raise ConfigError(
+                "platform: cuda, but torch finds no usable GPU; check the driver or set platform=cpu"
+            )
+        require_transformer_engine(precision)
+        # Under a scheduler that gives each task its own GPU only one is visible, whatever the local rank.
+        index = local_rank if local_rank < torch.cuda.device_count() else 0
+        if local_rank >= torch.cuda.device_count() > 1:
+            raise ConfigError(
+                f"local rank {local_rank} has no GPU: {torch.cuda.device_count()} are visible; start one process per GPU"
+            )
+        torch.cuda.set_device(index)
+        self._device = torch.device("cuda", index)
+
+    def layer_spec(self) -> tuple[Any, Any]:
+        from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
+
+        return get_gpt_layer_with_transformer_engine_spec(), None
+
+    def engine_options(self, config: RunConfig) -> dict[str, Any]:
+        # The output layer is megatron-core's own and needs apex's kernel for the fused weight gradient.
+        fused_wgrad = import_failure("fused_weight_gradient_mlp_cuda") is None
+        return {
+            "use_cpu_initialization": False,
+            "gradient_accumulation_fusion": fused_wgrad,
+            "persist_layer_norm": False,
+            "masked_softmax_fusion": True,
+            "bias_activation_fusion": True,
+            "bias_dropout_fusion": True,
+            "apply_rope_fusion": True,
+            "cross_entropy_loss_fusion": True,
+            "cross_entropy_fusion_impl": "native",
+            **fp8_options(config.precision),
+        }
+
+    def synchronize(self) -> None:
+        torch.cuda.synchronize()
+
+    def memory_allocated(self) -> int:
+        return torch.cuda.max_memory_allocated()
+
+    def describe(self) -> str:
+        import transformer_engine
+
+        apex = import_failure("apex.optimizers")
+        return (
+            f"cuda: {torch.cuda.get_device_name(self._device)}, torch {torch.__version__}, "
+            f"Transformer Engine {getattr(transformer_engine, '__version__', '?')}, "
+            f"apex {'found' if apex is None else 'not found (not needed)'}"
+        )

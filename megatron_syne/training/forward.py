@@ -1,0 +1,48 @@
+"""The forward step that megatron-core's schedules call, and the reduction of what it returns."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+Batch = dict[str, torch.Tensor]
+
+
+def forward_step(batches: Iterator[Batch], model: Any) -> tuple[torch.Tensor, Any]:
+    """Forward one micro-batch: ``tokens``, ``labels``, ``position_ids``, ``loss_mask``, each [micro_batch, seq].
+
+    Stages between the first and the last read the batch too and use nothing of it, so that all stay in step.
+    The causal mask is the engine's own (``attention_mask=None``).
+    """
+    batch = next(batches)
+    output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
+    loss_mask = batch["loss_mask"]
+
+    def loss_func(losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Sum over tokens, number of tokens, and both as one tensor for the log ([2], float64)."""
+        mask = loss_mask.reshape(-1).float()
+        total = torch.sum(losses.reshape(-1).float() * mask)
+        count = mask.sum()
+        return total, count.to(torch.int), torch.stack([total.detach().double(), count.double()])
+
+    return output, loss_func
+
+
+def reduce_over_world(sums: list[torch.Tensor], extra: list[float], device: torch.device) -> list[float]:
+    """One collective for all that the ranks must agree on: [loss sum, tokens, *extra], summed over the world.
+
+    ``sums`` is what the last stage returned (empty elsewhere). TP ranks hold the same loss, so only the
+    first of each TP group adds its own; every rank adds its ``extra`` values.
+    """
+    from megatron.core import parallel_state
+
+    values = torch.zeros(2 + len(extra), dtype=torch.float64, device=device)
+    if sums and parallel_state.get_tensor_model_parallel_rank() == 0:
+        values[:2] = torch.stack(sums).sum(dim=0)
+    if extra:
+        values[2:] = torch.tensor(extra, dtype=torch.float64, device=device)
+    dist.all_reduce(values)
+    return [float(v) for v in values.tolist()]

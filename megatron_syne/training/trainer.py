@@ -1,0 +1,142 @@
+"""The loop: ``fit`` and ``train_step``. Everything else about a run is a callback or was handed in."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from megatron_syne.config.schema import ModelConfig, RunConfig
+from megatron_syne.errors import DataError
+from megatron_syne.platform.base import Platform
+from megatron_syne.training.callback import Callback
+from megatron_syne.training.forward import Batch, forward_step, reduce_over_world
+from megatron_syne.training.optimizer import set_learning_rate
+from megatron_syne.training.state import TrainState
+
+
+@dataclass
+class Trainer:
+    """A run on this rank. All parts are built by the caller (``train.py``) and handed in."""
+
+    config: RunConfig
+    model_config: ModelConfig
+    platform: Platform
+    chunks: list[Any]
+    """This rank's model chunks, wrapped in DDP."""
+    optimizer: Any
+    scheduler: Any
+    engine: Any
+    """megatron-core's TransformerConfig."""
+    train_data: Any
+    """``global_batch(consumed_samples) -> list of micro-batches`` of this rank."""
+    validation_data: dict[str, Any]
+    """The same for each validation source, with ``num_samples``."""
+    train_iters: int
+    state: TrainState = field(default_factory=TrainState)
+    callbacks: Sequence[Callback] = ()
+    stop_requested: float = 0.0
+    """Set non-zero by a callback of *any* rank: all ranks stop together after the current step."""
+    stop_reason: str | None = None
+
+    def fit(self) -> None:
+        """Train until ``train_iters``, or until a callback of some rank asks to stop."""
+        try:
+            self.emit("on_train_start")
+            while self.state.step < self.train_iters and self.stop_reason is None:
+                self.emit("on_step_start")
+                metrics = self.train_step()
+                self.emit("on_step_end", metrics)
+                if self.evaluation_is_due():
+                    self.emit("on_evaluation", self.evaluate())
+            self.emit("on_train_end")
+        except BaseException as error:
+            self.emit("on_exception", error)
+            raise
+
+    def train_step(self) -> dict[str, float]:
+        """One optimizer step on the next global batch; returns its metrics, the same on every rank."""
+        started = time.perf_counter()
+        set_learning_rate(self.scheduler, self.state.consumed_samples)
+        batches = self.train_data.global_batch(self.state.consumed_samples)
+        loaded = time.perf_counter()
+
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        sums = self.run_schedule(batches, forward_only=False)
+        updated, grad_norm, _ = self.optimizer.step()
+        loss_sum, tokens, stop, refused = reduce_over_world(
+            sums, [self.stop_requested, 0.0 if updated else 1.0], self.platform.device
+        )
+        loss = loss_sum / max(tokens, 1.0)
+        if not math.isfinite(loss) or not math.isfinite(grad_norm) or refused:
+            raise DataError(
+                f"step {self.state.step + 1}: loss {loss}, gradient norm {grad_norm}: not finite; the last "
+                "checkpoint is untouched. Lower the learning rate, or look at this step's data"
+            )
+        self.state.step += 1
+        self.state.consumed_samples += self.config.train.global_batch_size
+        self.state.consumed_tokens += int(tokens)
+        if stop and self.stop_reason is None:
+            self.stop_reason = "a signal asked to stop"
+        seconds = time.perf_counter() - started
+        return {
+            "loss": loss,
+            "grad_norm": float(grad_norm),
+            "learning_rate": self.optimizer.param_groups[0]["lr"],
+            "tokens_per_second": tokens / seconds,
+            "step_seconds": seconds,
+            "data_seconds": loaded - started,
+            "consumed_tokens": float(self.state.consumed_tokens),
+            "consumed_samples": float(self.state.consumed_samples),
+        }
+
+    def run_schedule(self, batches: list[Batch], forward_only: bool) -> list[Any]:
+        """megatron-core's schedule (none, 1F1B or interleaved) over one global batch of this rank."""
+        from megatron.core.pipeline_parallel import get_forward_backward_func
+
+        on_device = [self.platform.to_device(batch) for batch in batches]
+        iterators = [iter(on_device) for _ in self.chunks]  # each chunk walks the same micro-batches
+        result: list[Any] = get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=iterators if len(iterators) > 1 else iterators[0],
+            model=self.chunks if len(self.chunks) > 1 else self.chunks[0],
+            num_microbatches=len(batches),
+            seq_length=self.config.data.seq_length,
+            micro_batch_size=self.config.train.micro_batch_size,
+            forward_only=forward_only,
+        )
+        return result
+
+    def evaluation_is_due(self) -> bool:
+        """Every ``eval_interval`` steps, and at the end of training."""
+        interval = self.config.train.eval_interval
+        if interval is None or not self.validation_data:
+            return False
+        return self.state.step % interval == 0 or self.state.step == self.train_iters
+
+    def evaluate(self) -> dict[str, float]:
+        """Mean loss in nats per token of each validation source, over its first ``eval_iters`` batches."""
+        import torch
+
+        losses = {}
+        for chunk in self.chunks:
+            chunk.eval()
+        with torch.no_grad():
+            for name, data in self.validation_data.items():
+                sums: list[Any] = []
+                for start in data.batch_starts(self.config.train.eval_iters):
+                    sums += self.run_schedule(data.global_batch(start), forward_only=True)
+                total, tokens = reduce_over_world(sums, [], self.platform.device)
+                losses[name] = total / max(tokens, 1.0)
+        for chunk in self.chunks:
+            chunk.train()
+        return losses
+
+    def emit(self, event: str, *args: Any) -> None:
+        """Tell every callback, in order."""
+        for callback in self.callbacks:
+            getattr(callback, event)(self, *args)
