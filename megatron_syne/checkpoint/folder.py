@@ -23,18 +23,23 @@ MANIFEST = "manifest.json"
 _NAME = re.compile(r"iter_(\d{7,})")
 logger = logging.getLogger(__name__)
 
-# What megatron-core's and torch's writers put into the pickled ``.metadata``; anything else is refused.
-_ALLOWED_MODULES = ("torch.distributed.checkpoint.", "megatron.core.dist_checkpointing.")
-_ALLOWED_NAMES = {
+# All that torch's and megatron-core's writers put into the pickled ``.metadata``, name by name: whole modules
+# would let functions in, and some of those load other files.
+_DCP = "torch.distributed.checkpoint."
+_ALLOWED = {
+    *((_DCP + "metadata", name) for name in (
+        "Metadata", "MetadataIndex", "StorageMeta", "TensorStorageMetadata", "BytesStorageMetadata",
+        "ChunkStorageMetadata", "TensorProperties", "_MEM_FORMAT_ENCODING",
+    )),
+    *((_DCP + "planner", name) for name in ("SavePlan", "WriteItem", "WriteItemType", "TensorWriteData")),
+    (_DCP + "filesystem", "_StorageInfo"),
     ("torch", "Size"),
     ("torch.serialization", "_get_layout"),
     ("collections", "OrderedDict"),
-    ("collections", "defaultdict"),
-    ("builtins", "set"),
-    ("builtins", "slice"),
-    ("pathlib", "PosixPath"),
-    ("_codecs", "encode"),
-}
+    *(("torch", name) for name in (
+        "float64", "float32", "bfloat16", "float16", "int64", "int32", "int16", "int8", "uint8", "bool",
+    )),
+}  # fmt: skip
 
 
 def checkpoint_path(root: Path, step: int) -> Path:
@@ -46,6 +51,11 @@ def step_of(path: Path) -> int:
     """Iteration in a checkpoint folder's name; -1 where the name is not one."""
     match = _NAME.fullmatch(path.name)
     return int(match[1]) if match else -1
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether a folder looks like a checkpoint of this stack (it may still turn out damaged)."""
+    return (path / MANIFEST).is_file() and (path / ".metadata").exists()
 
 
 def seal(folder: Path, content: dict[str, Any]) -> None:
@@ -108,6 +118,12 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
+def read_run(path: Path) -> dict[str, Any]:
+    """``state.json`` of a checkpoint: counters, model configuration, data fingerprint, layout."""
+    values: dict[str, Any] = json.loads((path / "state.json").read_text())
+    return values
+
+
 def newest(root: Path) -> Path | None:
     """Newest whole checkpoint below ``root``, or None where there is none at all.
 
@@ -143,17 +159,11 @@ def clean(root: Path, keep_latest: int) -> None:
 
 class _AllowList(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        allowed = module.startswith(_ALLOWED_MODULES) or (module, name) in _ALLOWED_NAMES
-        if allowed and "." not in name:
-            return super().find_class(module, name)
-        if module == "torch" and name in _TORCH_DTYPES:
-            return super().find_class(module, name)
-        raise SecurityRefusal(
-            f"holds {module}.{name}, which has no place in a checkpoint's metadata; the file was not loaded"
-        )
-
-
-_TORCH_DTYPES = {"float32", "bfloat16", "float16", "float64", "int64", "int32", "uint8", "int8", "bool"}
+        if (module, name) not in _ALLOWED:
+            raise SecurityRefusal(
+                f"holds {module}.{name}, which has no place in a checkpoint's metadata; the file was not loaded"
+            )
+        return super().find_class(module, name)
 
 
 def read_metadata(folder: Path) -> Any:
@@ -164,10 +174,15 @@ def read_metadata(folder: Path) -> Any:
     file = folder / ".metadata"
     try:
         with file.open("rb") as stream:
-            return _AllowList(stream).load()
+            metadata = _AllowList(stream).load()
+        names = {info.relative_path for info in metadata.storage_data.values()}
     except FileNotFoundError:
         raise DataError(f"{file} is missing: not a torch_dist checkpoint") from None
     except SecurityRefusal as refusal:
         raise SecurityRefusal(f"{file} {refusal}") from None
     except Exception as error:
         raise DataError(f"{file}: not readable as checkpoint metadata ({error})") from None
+    for name in names:
+        if name != os.path.basename(name) or name.startswith("."):
+            raise SecurityRefusal(f"{file} points to {name!r}, outside the checkpoint; it was not opened")
+    return metadata

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
 import warnings
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -123,31 +123,31 @@ def load(path: Path, chunks: list[Any], optimizer: Any | None) -> TrainState:
     if optimizer is None:
         return TrainState()
     optimizer.load_state_dict(loaded["optimizer"])
-    return TrainState.from_dict(read_run(path)["state"])
+    return TrainState.from_dict(folders.read_run(path)["state"])
 
 
-def read_run(path: Path) -> dict[str, Any]:
-    """``state.json`` of a checkpoint: counters, model configuration, data fingerprint, layout."""
-    values: dict[str, Any] = json.loads((path / "state.json").read_text())
-    return values
-
-
-def check_same_model(path: Path, model: ModelConfig, fields: list[str]) -> None:
-    """Refuse to resume a checkpoint of another architecture, naming every field that differs."""
-    stored = read_run(path)["model"]
-    differing = [
-        f"{name}: checkpoint {stored.get(name)!r}, configuration {getattr(model, name)!r}"
-        for name in fields
-        if stored.get(name) != getattr(model, name)
-    ]
-    if differing:
+def check_same_run(path: Path, model: ModelConfig, data_fingerprint: str) -> None:
+    """Refuse to go on from a checkpoint of another architecture or with other data."""
+    check_same_model(path, model)
+    stored = folders.read_run(path)["data_fingerprint"]
+    if stored != data_fingerprint:
         raise ConfigError(
-            f"{path} holds another model: {'; '.join(differing)}. Restore the configuration, or start a new run_dir "
-            "with checkpoint.initialize_from"
+            f"{path} was trained on other data (sources, shares, order or sequence length differ: fingerprint "
+            f"{stored[:12]}, now {data_fingerprint[:12]}). Restore the data section, or start a new run_dir with "
+            "checkpoint.initialize_from"
         )
 
 
-def free_bytes(path: Path) -> int:
-    """Bytes free on the disk that holds ``path``."""
-    stat = os.statvfs(path)
-    return stat.f_bavail * stat.f_frsize
+def check_same_model(path: Path, model: ModelConfig) -> None:
+    """Refuse a checkpoint of another architecture, naming every field that differs."""
+    stored = folders.read_run(path)["model"]
+    differing = [
+        f"{name}: checkpoint {stored[name]!r}, configuration {value!r}"
+        for name, value in asdict(model).items()
+        if name not in ("hf_path", "preset") and stored.get(name) != value
+    ]
+    if differing:
+        raise ConfigError(
+            f"{path} holds another model: {'; '.join(differing)}. Restore the model section, or start a new "
+            "run_dir with other weights"
+        )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -123,18 +123,21 @@ def named_parameters(chunk: nn.Module) -> Iterable[tuple[str, nn.Parameter]]:
         yield ".".join(parts), parameter
 
 
-def load_weights(chunks: list[nn.Module], read: Any, tensor_rank: int, tensor_size: int) -> None:
-    """Fill this rank's parameters: ``read(name, tensor_rank, tensor_size) -> local tensor``.
+def load_weights(chunks: list[nn.Module], read: Callable[[str, int, int], torch.Tensor]) -> None:
+    """Fill this rank's parameters: ``read(name, tp_rank, tp_size) -> local tensor``.
 
-    The copy of tied embeddings that the last stage holds (``shared_embedding``) is the embedding itself.
+    Under tied embeddings the last stage's copy is ``output_layer.weight`` to the engine, and the embedding
+    to ``read``.
     """
+    from megatron.core import parallel_state
+
+    rank = parallel_state.get_tensor_model_parallel_rank()
+    size = parallel_state.get_tensor_model_parallel_world_size()
     for chunk in chunks:
         model = unwrap(chunk)
         for name, parameter in named_parameters(chunk):
-            source = name
-            if name == "output_layer.weight" and model.share_embeddings_and_output_weights:
-                source = "embedding.word_embeddings.weight"
-            tensor = read(source, tensor_rank, tensor_size)
+            tied = name == "output_layer.weight" and model.share_embeddings_and_output_weights
+            tensor = read("embedding.word_embeddings.weight" if tied else name, rank, size)
             if tensor.shape != parameter.shape:
                 raise AssertionError(
                     f"{name}: the engine expects {tuple(parameter.shape)}, got {tuple(tensor.shape)}"

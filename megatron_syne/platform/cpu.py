@@ -142,11 +142,15 @@ def install_bridge() -> None:
     cuda.random.get_rng_state = cuda.get_rng_state
     cuda.manual_seed = torch.manual_seed
 
-    with warnings.catch_warnings():  # "Transformer Engine and Apex are not installed": known, meant
-        warnings.simplefilter("ignore")
-        from megatron.core import optimizer as engine_optimizer
-        from megatron.core.optimizer import distrib_optimizer
-        from megatron.core.tensor_parallel import random as engine_random
+    # "Transformer Engine and Apex are not installed": known, and meant. torch 2.13 renames two collectives
+    # that the engine calls by their old names, and tells so once per call site.
+    warnings.filterwarnings("ignore", module=r"megatron\.core")
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+    warnings.filterwarnings("ignore", message=r"The \.grad attribute of a Tensor that is not a leaf")
+
+    from megatron.core import optimizer as engine_optimizer
+    from megatron.core.optimizer import distrib_optimizer
+    from megatron.core.tensor_parallel import random as engine_random
 
     engine_random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
     # CPU and "CUDA" random states are one and the same here; the tracker takes that for a mistake.
@@ -154,8 +158,6 @@ def install_bridge() -> None:
     engine_optimizer.Adam, engine_optimizer.USING_PYTORCH_OPTIMIZER = GroupStepAdamW, False
     distrib_optimizer.Adam = GroupStepAdamW
     distrib_optimizer.HAVE_APEX_OR_TE = distrib_optimizer.USING_APEX_OPTIMIZER = True
-    # torch 2.13 renames two collectives that the engine calls by their old names
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"megatron|torch\.distributed")
     _bridge = _CudaToCpu()
     _bridge.__enter__()
 

@@ -89,7 +89,8 @@ class CudaPlatform(Platform):
         index = local_rank if local_rank < torch.cuda.device_count() else 0
         if local_rank >= torch.cuda.device_count() > 1:
             raise ConfigError(
-                f"local rank {local_rank} has no GPU: {torch.cuda.device_count()} are visible; start one process per GPU"
+                f"local rank {local_rank} has no GPU: {torch.cuda.device_count()} are visible; "
+                "start one process per GPU"
             )
         torch.cuda.set_device(index)
         self._device = torch.device("cuda", index)

@@ -1,0 +1,134 @@
+"""Files that appear together, complete, or not at all.
+
+Each file is written as ``<name>.tmp`` beside its final place, locked while it is written (a second run for
+the same name is refused; what a killed run left is taken over), flushed to disk and renamed. A *seal* (the
+manifest) is removed before and put back after all others, so a seal always describes what lies beside it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO
+
+from megatron_syne.errors import CannotCreate, SecurityRefusal
+
+_NO_LOCKS_HERE = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
+
+
+@dataclass
+class _Output:
+    final: Path
+    temporary: Path
+    stream: BinaryIO
+    seal: bool
+    optional: bool
+
+
+class Outputs:
+    """A set of output files: ``create`` all, write, ``publish``; leaving without that discards them."""
+
+    def __init__(self, overwrite: bool = False) -> None:
+        self._overwrite = overwrite
+        self._outputs: list[_Output] = []
+
+    def __enter__(self) -> Outputs:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for output in self._outputs:
+            output.temporary.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # a full disk, met again while flushing
+                output.stream.close()
+        self._outputs = []
+
+    def create(self, path: str | Path, *, seal: bool = False, optional: bool = False) -> BinaryIO:
+        """Stream of a new file that will be ``path``; an ``optional`` one is published only if not empty.
+
+        Raises CannotCreate where ``path`` exists (and ``overwrite`` is off) or another run is writing it.
+        """
+        final = Path(path)
+        temporary = final.with_name(final.name + ".tmp")
+        try:
+            final.parent.mkdir(parents=True, exist_ok=True)
+            stream = _claim(temporary)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+                raise
+            raise CannotCreate(f"{temporary}: cannot be created: {error.strerror}") from None
+        self._outputs.append(_Output(final, temporary, stream, seal, optional))
+        # looked at only now that the name is ours: a run that finished a moment ago is seen
+        if os.path.lexists(final) and (not self._overwrite or final.is_dir()):
+            raise CannotCreate(f"{final}: exists already; choose another output prefix or pass --overwrite")
+        return stream
+
+    def publish(self) -> None:
+        """Flush, fsync and rename every file; seals last."""
+        for output in self._outputs:
+            output.stream.flush()
+            os.fsync(output.stream.fileno())
+        for output in self._outputs:
+            if output.seal:
+                output.final.unlink(missing_ok=True)
+        folders = {output.final.parent for output in self._outputs}
+        _sync_folders(folders)
+        for output in sorted(self._outputs, key=lambda one: one.seal):
+            if output.optional and output.stream.tell() == 0:
+                output.final.unlink(missing_ok=True)
+                output.temporary.unlink()
+            else:
+                if output.seal:
+                    _sync_folders(folders)
+                os.replace(output.temporary, output.final)
+        _sync_folders(folders)
+        for output in self._outputs:
+            output.stream.close()  # lets the locks go
+        self._outputs = []
+
+
+def _claim(temporary: Path) -> BinaryIO:
+    """Open, lock and empty a temporary file; only one process at a time gets it."""
+    while True:
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
+        descriptor = os.open(temporary, flags, 0o666)
+        try:
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid() or status.st_nlink > 1:
+                raise SecurityRefusal(
+                    f"{temporary}: exists and is not a plain file of this user; remove it and start again"
+                )
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise CannotCreate(f"{temporary}: another run is writing this output now") from None
+            except OSError as error:
+                if error.errno not in _NO_LOCKS_HERE:
+                    raise
+            try:
+                ours = os.stat(temporary, follow_symlinks=False).st_ino == status.st_ino
+            except FileNotFoundError:
+                ours = False
+            if ours:
+                os.ftruncate(descriptor, 0)
+                return os.fdopen(descriptor, "wb", buffering=1 << 20)
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)  # its owner renamed it between our open and our lock: that is its output now
+
+
+def _sync_folders(folders: set[Path]) -> None:
+    for folder in folders:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -1,0 +1,382 @@
+"""The rules that a configuration must meet before a process is started: one small function each.
+
+A rule yields the problems that it sees; each names the values with file and line, the rule, and the nearest
+legal values. All rules are run and all problems reported in one :class:`ConfigError`. The traps are those
+found by running megatron-core 0.16.1 on gloo: layouts that it accepts and that train wrongly without a word.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Iterator
+from math import gcd, prod
+
+from megatron_syne.config.loader import config_origin
+from megatron_syne.config.schema import ModelConfig, RunConfig
+from megatron_syne.config.tree import one_error
+from megatron_syne.data.mixture import plan_mixture
+from megatron_syne.errors import ConfigError
+from megatron_syne.parallel.topology import chunk_layers, data_parallel_size
+from megatron_syne.preflight.facts import Facts, PlatformName, divisors, nearest, nearest_multiples
+from megatron_syne.preflight.schedule import (
+    resolved_overlap_p2p_comm,
+    schedule_samples,
+    tokens_per_step,
+)
+
+Problems = Iterator[str]
+Rule = Callable[[Facts], Problems]
+
+_PARALLEL = "parallel."
+_TP = "parallel.tensor_model_parallel_size"
+_PP = "parallel.pipeline_model_parallel_size"
+_VPP = "parallel.virtual_pipeline_model_parallel_size"
+
+
+def check(config: RunConfig, model: ModelConfig, world_size: int | None, platform: PlatformName) -> None:
+    """Raise one ConfigError with every rule that the run breaks.
+
+    ``model`` is the resolved model; ``world_size`` None = not known yet (then DP as given, or 1).
+    """
+    facts = Facts(config, model, world_size, platform)
+    # The other rules divide by these sizes.
+    problems = list(sizes_are_positive(facts)) or [text for rule in RULES for text in rule(facts)]
+    if problems:
+        raise one_error(problems, "this run cannot start")
+
+
+def sizes_are_positive(facts: Facts) -> Problems:
+    """Counts and sizes are at least 1, rates at least 0."""
+    for least, keys in ((1, AT_LEAST_ONE), (0, AT_LEAST_ZERO)):
+        for key in keys:
+            value = facts.get(key)
+            if value is not None and value < least:
+                yield f"{facts.at(key)} must be at least {least}"
+    for key in ("optimizer.lr", "optimizer.adam_eps"):
+        if facts.get(key) <= 0:
+            yield f"{facts.at(key)} must be greater than 0"
+    for key in ("optimizer.adam_beta1", "optimizer.adam_beta2"):
+        if not 0 <= facts.get(key) < 1:
+            yield f"{facts.at(key)} must be at least 0 and below 1"
+    for n, stage in enumerate(facts.config.data.stages):
+        if stage.tokens < 1:
+            yield f"data.stages.{n}.tokens = {stage.tokens} (stage {stage.name!r}) must be at least 1"
+
+
+def world_size_fits(facts: Facts) -> Problems:
+    """World size = TP x PP x CP x DP."""
+    if facts.world_size is not None:
+        world_size = facts.world_size
+        keys = (_TP, _PP, "parallel.context_parallel_size", "parallel.data_parallel_size")
+        for text in _of(lambda: data_parallel_size(facts.config.parallel, world_size)):
+            yield f"{text} ({', '.join(facts.at(key) for key in keys)})"
+
+
+def context_parallel_is_one(facts: Facts) -> Problems:
+    """Sequences are not cut in this version."""
+    if facts.config.parallel.context_parallel_size != 1:
+        yield f"{facts.at('parallel.context_parallel_size')}: only 1 is supported in this version; set it to 1"
+
+
+def tensor_parallel_divides(facts: Facts) -> Problems:
+    """TP divides query heads, KV heads and the feed-forward width."""
+    tp = facts.config.parallel.tensor_model_parallel_size
+    keys = ("model.num_attention_heads", "model.num_query_groups", "model.ffn_hidden_size")
+    legal = divisors(gcd(*(facts.number(key) for key in keys)))
+    for key in keys:
+        if facts.number(key) % tp:
+            yield f"{facts.at(_TP)} does not divide {facts.at(key)}; nearest legal: {nearest(tp, legal)}"
+
+
+def sequence_parallel_fits(facts: Facts) -> Problems:
+    """SP cuts the sequence over TP ranks: it needs TP > 1 and a length that TP divides."""
+    tp, length = facts.config.parallel.tensor_model_parallel_size, facts.config.data.seq_length
+    if not facts.config.parallel.sequence_parallel:
+        return
+    if tp == 1:
+        yield f"{facts.at('parallel.sequence_parallel')} needs {_TP} > 1; it is 1: set sequence_parallel: false"
+    elif length % tp:
+        yield (
+            f"{facts.at('data.seq_length')} is not a multiple of {facts.at(_TP)}, which sequence_parallel "
+            f"needs; nearest legal: {nearest_multiples(length, tp)}"
+        )
+
+
+def layers_fit_stages(facts: Facts) -> Problems:
+    """Layers can be laid out over stages and chunks, at least one to each unless a layout is given."""
+    for text in _of(lambda: chunk_layers(facts.config.parallel, facts.number("model.num_layers"))):
+        yield f"{text} ({facts.at('model.num_layers')}, {facts.at(_PP)}, {facts.at(_VPP)})"
+
+
+def virtual_pipeline_needs_pipeline(facts: Facts) -> Problems:
+    """Interleaving needs PP > 1 and at least 2 chunks."""
+    if facts.vpp is None:
+        return
+    if facts.vpp == 1:
+        yield f"{facts.at(_VPP)}: 1 chunk per stage is no interleaving; set it to null"
+    elif facts.config.parallel.pipeline_model_parallel_size == 1:
+        yield f"{facts.at(_VPP)} needs {_PP} > 1; it is 1: set virtual_pipeline_model_parallel_size: null"
+
+
+def batch_divides(facts: Facts) -> Problems:
+    """Global batch = micro batch x DP x micro-batches; with VPP their number is a multiple of PP."""
+    parallel, train = facts.config.parallel, facts.config.train
+    unit, rule = (
+        train.micro_batch_size * facts.dp,
+        f"micro_batch_size {train.micro_batch_size} x DP {facts.dp}",
+    )
+    if facts.vpp is not None and parallel.pipeline_model_parallel_size > 1:
+        unit *= parallel.pipeline_model_parallel_size
+        rule += f" x PP {parallel.pipeline_model_parallel_size} (the interleaved schedule of VPP)"
+    if train.global_batch_size % unit:
+        yield (
+            f"{facts.at('train.global_batch_size')} is not a multiple of {rule} = {unit}; "
+            f"nearest legal: {nearest_multiples(train.global_batch_size, unit)}"
+        )
+
+
+def outputs_outlive_gloo_sends(facts: Facts) -> Problems:
+    """Trap 1: with VPP on gloo an output freed after its send was started is sent as garbage."""
+    if facts.platform == "cpu" and facts.vpp and facts.config.parallel.deallocate_pipeline_outputs:
+        yield (
+            f"{facts.at('parallel.deallocate_pipeline_outputs')} with VPP on the CPU platform: the output would "
+            f"be freed while gloo still sends it and the losses would be silently wrong; "
+            f"set it to false or null"
+        )
+
+
+def interleaved_messages_keep_order(facts: Facts) -> Problems:
+    """Trap 2: at PP 2 with VPP two messages between the same two ranks in one batch swap."""
+    parallel = facts.config.parallel
+    if facts.vpp and parallel.pipeline_model_parallel_size == 2 and not resolved_overlap_p2p_comm(parallel):
+        yield (
+            f"{facts.at('parallel.overlap_p2p_comm')} with PP 2 and VPP: the messages of the two chunks would be "
+            f"swapped and the losses silently wrong; set it to true or null, or use PP > 2"
+        )
+
+
+def overlap_needs_interleaving(facts: Facts) -> Problems:
+    """megatron-core's 1F1B schedule refuses overlapped sends."""
+    if facts.vpp is None and facts.config.parallel.overlap_p2p_comm:
+        yield (
+            f"{facts.at('parallel.overlap_p2p_comm')} needs {_VPP}: the schedule without interleaving does not "
+            f"support it; set it to false or null"
+        )
+
+
+def param_gather_overlap_fits(facts: Facts) -> Problems:
+    """Overlapped parameter gathering is part of the sharded optimizer and of overlapped reduction."""
+    if not facts.config.parallel.overlap_param_gather:
+        return
+    for name in ("use_distributed_optimizer", "overlap_grad_reduce"):
+        if not facts.get(_PARALLEL + name):
+            yield f"{facts.at('parallel.overlap_param_gather')} needs parallel.{name}: true"
+
+
+def fp8_can_run(facts: Facts) -> Problems:
+    """FP8 is Transformer Engine's: CUDA, bf16 around it."""
+    precision = facts.config.precision
+    if precision.fp8 is None:
+        for name in ("first_last_layers_bf16", "fp8_param_gather"):
+            if facts.get(f"precision.{name}"):
+                yield f"{facts.at(f'precision.{name}')} needs precision.fp8; set it to false"
+        return
+    if facts.platform == "cpu":
+        yield (
+            f"{facts.at('precision.fp8')} on the CPU platform: FP8 needs a CUDA GPU and Transformer Engine, "
+            f"there is no fallback; set it to null"
+        )
+    if precision.params_dtype == "fp32":
+        yield f"{facts.at('precision.fp8')} with {facts.at('precision.params_dtype')}: FP8 needs bf16"
+    if precision.first_last_layers_bf16 and precision.fp8 == "delayed":
+        yield (
+            f"{facts.at('precision.first_last_layers_bf16')} with {facts.at('precision.fp8')}: megatron-core does "
+            f"not support it with delayed scaling; use tensorwise or blockwise"
+        )
+
+
+def fp8_dimensions_fit(facts: Facts) -> Problems:
+    """The FP8 matrix products want every dimension, as one rank sees it, in multiples of 16."""
+    if facts.config.precision.fp8 is None:
+        return
+    tp = facts.config.parallel.tensor_model_parallel_size
+    heads, groups = facts.number("model.num_attention_heads"), facts.number("model.num_query_groups")
+    size = facts.number("model.kv_channels")
+    for what, width in (
+        ("hidden_size", facts.number("model.hidden_size") * tp),
+        ("ffn_hidden_size / TP", facts.number("model.ffn_hidden_size")),
+        ("num_attention_heads x kv_channels / TP", heads * size),
+        ("(num_attention_heads + 2 x num_query_groups) x kv_channels / TP", (heads + 2 * groups) * size),
+        (
+            "seq_length x micro_batch_size",
+            tp * prod(map(facts.number, ("data.seq_length", "train.micro_batch_size"))),
+        ),
+    ):
+        if width % (16 * tp) and width % tp == 0:
+            yield (
+                f"{facts.at('precision.fp8')}: {what} = {width // tp} must be a multiple of 16; "
+                f"nearest legal: {nearest_multiples(width // tp, 16)}"
+            )
+
+
+def length_is_given(facts: Facts) -> Problems:
+    """The length comes from the stages or from ``train_iters``; where both are given they agree."""
+    data, train = facts.config.data, facts.config.train
+    if data.mock:
+        if train.train_iters is None:
+            yield f"train.train_iters: not given; {facts.at('data.mock')} has no token budget, so give it"
+    elif not data.stages:
+        yield "data.stages: not given; give at least one stage with its mixture, or data.mock: true"
+    elif train.train_iters is not None:
+        try:
+            counts = [stage.iterations for stage in plan_mixture(facts.config).stages]
+        except ConfigError:
+            return  # mixture_is_sound has said so
+        if train.train_iters != sum(counts):
+            terms = " + ".join(map(str, counts)) + " = " if len(counts) > 1 else ""
+            yield (
+                f"{facts.at('train.train_iters')} does not agree with the token budgets of data.stages: "
+                f"{terms}{sum(counts)} iterations of {tokens_per_step(facts.config)} tokens; set train_iters "
+                f"to {sum(counts)} or null (train.exit_interval stops earlier)"
+            )
+
+
+def mixture_is_sound(facts: Facts) -> Problems:
+    """Stages name sources that exist and shares that sum to 1."""
+    data = facts.config.data
+    if data.stages and not data.mock:
+        place = config_origin(facts.config, "data.stages")
+        for text in _of(lambda: plan_mixture(facts.config)):
+            yield f"{text} ({place})"
+
+
+def evaluation_has_data(facts: Facts) -> Problems:
+    """Evaluation needs a validation source."""
+    if facts.config.train.eval_interval is not None and not facts.config.data.validation:
+        yield (
+            f"{facts.at('train.eval_interval')} without data.validation: give a validation source or set it to null"
+        )
+
+
+def schedule_fits(facts: Facts) -> Problems:
+    """Learning rates in order; warm-up, decay and WSD's final decay one after the other within the run."""
+    schedule, rate = facts.config.schedule, facts.config.optimizer
+    if rate.min_lr > rate.lr:
+        yield f"{facts.at('optimizer.min_lr')} is greater than {facts.at('optimizer.lr')}"
+    if schedule.lr_warmup_init > rate.lr:
+        yield f"{facts.at('schedule.lr_warmup_init')} is greater than {facts.at('optimizer.lr')}"
+    if schedule.lr_warmup_iters is not None and schedule.lr_warmup_tokens is not None:
+        yield (
+            f"{facts.at('schedule.lr_warmup_iters')} and {facts.at('schedule.lr_warmup_tokens')}: "
+            f"give one of them, set the other to null"
+        )
+        return
+    try:
+        iters = plan_mixture(facts.config).train_iters
+    except ConfigError:
+        return  # length_is_given or mixture_is_sound has said so
+    samples, batch = schedule_samples(facts.config, iters), facts.config.train.global_batch_size
+    end = "schedule.lr_decay_iters" if schedule.lr_decay_iters else "the length of the run"
+    warmup = (
+        "schedule.lr_warmup_iters" if schedule.lr_warmup_iters is not None else "schedule.lr_warmup_tokens"
+    )
+    if samples.warmup >= samples.decay:
+        yield (
+            f"{facts.at(warmup)}: the warm-up of {samples.warmup / batch:g} iterations does not end before "
+            f"{end}, {samples.decay // batch} iterations; at most {samples.decay // batch - 1}"
+        )
+    elif schedule.lr_decay_style == "WSD" and samples.warmup + samples.wsd_decay > samples.decay:
+        room = (samples.decay - samples.warmup) // batch
+        yield (
+            f"{facts.at('schedule.lr_wsd_decay_iters')} does not fit between the warm-up and {end}, "
+            f"{samples.decay // batch} iterations; at most {room}"
+        )
+    elif schedule.lr_decay_style == "WSD" and not samples.wsd_decay and samples.decay < iters * batch:
+        yield (
+            f"{facts.at('schedule.lr_decay_iters')} is below the {iters} iterations of the run and WSD has no final "
+            f"decay: the learning rate would drop from {rate.lr:g} to {rate.min_lr:g} at once; give "
+            f"schedule.lr_wsd_decay_iters or set lr_decay_iters to null"
+        )
+
+
+def sequence_fits_model(facts: Facts) -> Problems:
+    """Sequences are not longer than the model claims to handle."""
+    longest = facts.model.max_position_embeddings
+    if longest is not None and facts.config.data.seq_length > longest:
+        yield f"{facts.at('data.seq_length')} is greater than {facts.at('model.max_position_embeddings')}"
+
+
+def signals_exist(facts: Facts) -> Problems:
+    """Exit signals are names of signals that a process can catch."""
+    names = [each.name for each in signal.Signals if each.name not in ("SIGKILL", "SIGSTOP")]
+    for n, name in enumerate(facts.config.resilience.exit_signals):
+        if name not in names:
+            yield (
+                f"resilience.exit_signals.{n} = {name!r}: not the name of a signal that can be caught; "
+                f"usual ones: SIGTERM, SIGINT, SIGUSR1, SIGUSR2"
+            )
+
+
+def start_is_outside_run(facts: Facts) -> Problems:
+    """The weights to start from and the run folder do not contain each other."""
+    start, run = facts.config.checkpoint.initialize_from, facts.config.run_dir
+    if start is None:
+        return
+    a, b = os.path.realpath(start), os.path.realpath(run)
+    if os.path.commonpath([a, b]) in (a, b):
+        yield (
+            f"{facts.at('run_dir')} and {facts.at('checkpoint.initialize_from')} lie inside each other; a run "
+            f"resumes from its own folder by itself: set initialize_from to null or choose another run_dir"
+        )
+
+
+RULES: tuple[Rule, ...] = (
+    world_size_fits,
+    context_parallel_is_one,
+    tensor_parallel_divides,
+    sequence_parallel_fits,
+    layers_fit_stages,
+    virtual_pipeline_needs_pipeline,
+    batch_divides,
+    outputs_outlive_gloo_sends,
+    interleaved_messages_keep_order,
+    overlap_needs_interleaving,
+    param_gather_overlap_fits,
+    fp8_can_run,
+    fp8_dimensions_fit,
+    length_is_given,
+    mixture_is_sound,
+    evaluation_has_data,
+    schedule_fits,
+    sequence_fits_model,
+    signals_exist,
+    start_is_outside_run,
+)
+
+AT_LEAST_ONE = (
+    *(f"model.{name}" for name in ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads")),
+    *(
+        f"model.{name}"
+        for name in ("num_query_groups", "kv_channels", "vocab_size", "make_vocab_size_divisible_by")
+    ),
+    *(_TP, _PP, _VPP, "parallel.context_parallel_size", "parallel.data_parallel_size"),
+    *(f"parallel.num_layers_in_{end}_pipeline_stage" for end in ("first", "last")),
+    "data.seq_length",
+    *("schedule.lr_warmup_tokens", "schedule.lr_decay_iters"),
+    *(f"train.{name}" for name in ("micro_batch_size", "global_batch_size", "train_iters", "exit_interval")),
+    *(f"train.{name}" for name in ("eval_interval", "eval_iters")),
+    *("checkpoint.save_interval", "monitor.log_interval", "resilience.distributed_timeout_seconds"),
+)
+AT_LEAST_ZERO = (
+    *("optimizer.min_lr", "optimizer.weight_decay", "optimizer.clip_grad"),
+    *("schedule.lr_warmup_init", "schedule.lr_warmup_iters", "schedule.lr_wsd_decay_iters"),
+    *("train.seed", "checkpoint.keep_latest"),
+)
+
+
+def _of(action: Callable[[], object]) -> Problems:
+    try:
+        action()
+    except ConfigError as error:
+        yield str(error)

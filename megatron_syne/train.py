@@ -1,0 +1,216 @@
+"""Train: ``python -m megatron_syne.train --config run.yaml [section.option=value ...] [--dry-run]``.
+
+One process per rank; start them with ``launch/local.sh run.yaml`` (one machine) or ``launch/slurm.py``.
+This module is the only one that puts the rooms together.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron_syne.config.loader import load_config, save_resolved, to_yaml
+from megatron_syne.config.schema import ModelConfig, RunConfig
+from megatron_syne.data.mixture import MixturePlan, plan_mixture
+from megatron_syne.errors import EXIT_INTERNAL, StoppedCleanly, SyneError, run_cli
+from megatron_syne.models.llama import resolve_model
+from megatron_syne.parallel.topology import coordinates, data_parallel_size, world_size_of
+from megatron_syne.platform.base import Platform, resolve_name, select
+from megatron_syne.preflight.report import dry_run_report
+from megatron_syne.preflight.rules import check
+
+if TYPE_CHECKING:
+    from megatron_syne.parallel.setup import RankInfo
+    from megatron_syne.training.callback import Callback
+    from megatron_syne.training.trainer import Trainer
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Parse, check, then show the plan or train. Returns 0 when training is complete."""
+    parser = argparse.ArgumentParser(prog="megatron_syne.train", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--config", help="YAML file of the run")
+    parser.add_argument("overrides", nargs="*", help="section.option=value")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="show configuration, rank grid and plan; start nothing"
+    )
+    parser.add_argument("--help-config", action="store_true", help="list every option with its meaning")
+    arguments = parser.parse_args(argv)
+    if arguments.help_config:
+        from megatron_syne.config.describe import describe_schema
+
+        print(describe_schema())
+        return 0
+    if not arguments.config:
+        parser.error("--config is required")
+    config = load_config(arguments.config, arguments.overrides)
+    model = resolve_model(config.model)
+    platform = resolve_name(config.platform)
+    if arguments.dry_run:
+        check(config, model, world_size_of(config.parallel), platform)
+        print(dry_run_report(config, model, platform))
+        return 0
+    from megatron_syne.parallel.setup import rank_info
+
+    info = rank_info()
+    check(config, model, info.world_size, platform)
+    return run(config, model, select(config.platform), info)
+
+
+def run(config: RunConfig, model: ModelConfig, platform: Platform, info: RankInfo) -> int:
+    """A whole run on this rank; rank 0 holds the run folder's lock and leaves ``last_exit.json``."""
+    from megatron_syne.resilience.run_lock import RunLock
+    from megatron_syne.resilience.signals import StopOnSignal
+
+    stop = StopOnSignal(config.resilience.exit_signals)  # first: a signal while starting must not be lost
+    run_dir = Path(config.run_dir)
+    lock = RunLock(run_dir)
+    if info.rank == 0:
+        lock.acquire()
+        save_resolved(config, run_dir / "config.yaml")
+    code, step = EXIT_INTERNAL, -1
+    try:
+        trainer = build_trainer(config, model, platform, info)
+        trainer.callbacks = [stop, *trainer.callbacks]
+        step = trainer.state.step
+        try:
+            trainer.fit()
+        finally:
+            step = trainer.state.step
+            trainer.train_data.close()
+        leave(trainer)
+        code = 0
+    except SyneError as error:
+        code = error.exit_code
+        raise
+    finally:
+        if info.rank == 0:
+            record = {"exit_code": code, "iteration": step, "time": time.time()}
+            temporary = run_dir / "last_exit.json.tmp"
+            temporary.write_text(json.dumps(record) + "\n")
+            os.replace(temporary, run_dir / "last_exit.json")
+            lock.release()
+    return code
+
+
+def leave(trainer: Trainer) -> None:
+    """Take the groups down; raises StoppedCleanly where training is to go on later."""
+    from megatron_syne.parallel.setup import stop_distributed
+
+    stop_distributed()
+    if trainer.state.step < trainer.train_iters:
+        raise StoppedCleanly(
+            f"{trainer.stop_reason} at step {trainer.state.step} of {trainer.train_iters}; "
+            "everything is saved, start the same command again to go on"
+        )
+
+
+def build_trainer(config: RunConfig, model: ModelConfig, platform: Platform, info: RankInfo) -> Trainer:
+    """Build every part on this rank, load the newest checkpoint or the initial weights, and join them.
+
+    All ranks must call. torch and the engine are imported here, after the platform was selected.
+    """
+    from megatron_syne.checkpoint import manager as checkpoints
+    from megatron_syne.parallel.setup import start_distributed, start_model_parallel
+
+    platform.start(info.local_rank, config.precision)
+    start_distributed(platform, info, config.resilience.distributed_timeout_seconds)
+    start_model_parallel(config.parallel, config.train.seed)
+
+    from megatron_syne.checkpoint.callback import CheckpointCallback
+    from megatron_syne.convert.artifacts import collect_artifacts
+    from megatron_syne.models.gpt import build_model
+    from megatron_syne.training.optimizer import build_optimizer, build_scheduler, connect, wrap_ddp
+    from megatron_syne.training.trainer import Trainer
+
+    run_dir = Path(config.run_dir)
+    plan, train_data, validation_data = build_data(config, model, info)
+    saver = checkpoints.CheckpointManager(
+        run_dir / "checkpoints", run_dir / "hf", config.checkpoint.keep_latest
+    )
+    newest = saver.newest()
+    chunks = build_model(config, model, platform)
+    if newest is None and config.checkpoint.initialize_from is not None:
+        initialize(config, model, chunks)
+    ddp_chunks = wrap_ddp(chunks, config)
+    optimizer = build_optimizer(ddp_chunks, config)
+    trainer = Trainer(
+        config=config,
+        model_config=model,
+        platform=platform,
+        chunks=ddp_chunks,
+        optimizer=optimizer,
+        scheduler=build_scheduler(optimizer, config, plan.train_iters),
+        engine=connect(ddp_chunks, optimizer, config),
+        train_data=train_data,
+        validation_data=validation_data,
+        train_iters=plan.train_iters,
+    )
+    if newest is not None:
+        checkpoints.check_same_run(newest, model, train_data.fingerprint)
+        trainer.state = checkpoints.load(newest, ddp_chunks, optimizer)
+    if info.rank == 0:
+        dtype, start = config.precision.params_dtype, config.checkpoint.initialize_from
+        collect_artifacts(run_dir / "hf", model, dtype, start, config.data.tokenizer_path)
+    trainer.callbacks = [
+        CheckpointCallback(saver, train_data.fingerprint, trainer.state.step if newest is not None else -1),
+        *(watchers(config, model, run_dir, platform) if info.rank == 0 else []),
+    ]
+    return trainer
+
+
+def build_data(
+    config: RunConfig, model: ModelConfig, info: RankInfo
+) -> tuple[MixturePlan, Any, dict[str, Any]]:
+    """Plan, training batches and validation batches of this rank."""
+    from megatron_syne.data.loader import build_training_data, build_validation_data
+
+    rank = coordinates(info.rank, config.parallel, info.world_size).dp
+    size = data_parallel_size(config.parallel, info.world_size)
+    plan = plan_mixture(config)
+    vocab_size = model.vocab_size or 0
+    return (
+        plan,
+        build_training_data(config, plan, vocab_size, rank, size),
+        build_validation_data(config, vocab_size, rank, size),
+    )
+
+
+def initialize(config: RunConfig, model: ModelConfig, chunks: list[Any]) -> None:
+    """Fill the weights from a Hugging Face folder, converted shards, or another run's checkpoint."""
+    from megatron_syne.checkpoint import manager as checkpoints
+    from megatron_syne.checkpoint.folder import is_checkpoint
+    from megatron_syne.convert.source import open_source
+    from megatron_syne.models.gpt import load_weights
+
+    path = Path(config.checkpoint.initialize_from or "")
+    if is_checkpoint(path):
+        checkpoints.check_same_model(path, model)
+        checkpoints.load(path, chunks, optimizer=None)
+        return
+    source = open_source(path)
+    source.check_model(model)
+    load_weights(chunks, source.parameter)
+
+
+def watchers(config: RunConfig, model: ModelConfig, run_dir: Path, platform: Platform) -> list[Callback]:
+    """Console, tensorboard and metrics.jsonl, on rank 0."""
+    from megatron_syne.monitor.console import ConsoleProgress
+    from megatron_syne.monitor.events import MetricsLog, TensorboardEvents
+
+    result: list[Callback] = [MetricsLog(run_dir / "metrics.jsonl")]
+    if config.monitor.tensorboard:
+        text = f"{platform.describe()}\n{json.dumps(asdict(model))}\n{to_yaml(config)}"
+        result.append(TensorboardEvents(run_dir / "tensorboard", text))
+    if config.monitor.progress:
+        result.append(ConsoleProgress())
+    return result
+
+
+if __name__ == "__main__":
+    sys.exit(run_cli(main))

@@ -1,0 +1,70 @@
+"""Run several short trainings in one world: ``worker.py jobs.json``.
+
+Starting processes and importing torch costs more than twenty steps of a tiny model, so one world trains one
+layout after another, taking megatron-core's groups down in between. Rank 0 writes ``results.json`` beside the
+jobs: per job the losses (``float.hex``) and gradient norms of each step, and what megatron-core says of the
+layout.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+
+def main() -> None:
+    jobs_file = Path(sys.argv[1])
+    from megatron_syne.platform.base import select
+
+    platform = select("cpu")
+    from megatron_syne.config.loader import load_config
+    from megatron_syne.models.llama import resolve_model
+    from megatron_syne.parallel.setup import (
+        rank_info,
+        start_distributed,
+        stop_distributed,
+        stop_model_parallel,
+    )
+    from megatron_syne.preflight.rules import check
+    from megatron_syne.train import build_trainer
+    from megatron_syne.training.callback import Callback
+
+    class Record(Callback):
+        def __init__(self) -> None:
+            self.rows: list[dict[str, object]] = []
+            self.validation: list[dict[str, float]] = []
+
+        def on_step_end(self, trainer, metrics) -> None:
+            self.rows.append({"loss": metrics["loss"].hex(), "grad_norm": metrics["grad_norm"]})
+
+        def on_evaluation(self, trainer, losses) -> None:
+            self.validation.append(losses)
+
+    info = rank_info()
+    config = load_config(json.loads(jobs_file.read_text())[0]["config"])
+    platform.start(info.local_rank, config.precision)
+    start_distributed(platform, info, 120)
+    results = {}
+    for job in json.loads(jobs_file.read_text()):
+        config = load_config(job["config"], job["overrides"])
+        model = resolve_model(config.model)
+        check(config, model, info.world_size, "cpu")
+        trainer = build_trainer(config, model, platform, info)
+        record = Record()
+        trainer.callbacks = [*trainer.callbacks, record]
+        first = trainer.state.step
+        trainer.fit()
+        trainer.train_data.close()
+        results[job["name"]] = {"first_step": first, "steps": record.rows, "validation": record.validation}
+        stop_model_parallel()
+    stop_distributed()
+    if info.rank == 0:
+        target = jobs_file.with_name("results.json")
+        target.with_suffix(".tmp").write_text(json.dumps(results))
+        os.replace(target.with_suffix(".tmp"), target)
+
+
+if __name__ == "__main__":  # checkpoint saving starts helper processes that import this file again
+    main()
