@@ -1,2 +1,2 @@
-"""What a run is: typed dataclasses (``schema``), YAML with ``base:`` and overrides (``loader``), and the
-rules that a configuration must meet before a process is started (``validate``). No torch, no megatron."""
+"""What a run is: typed dataclasses (``schema``), YAML with ``base:`` and overrides (``loader``, ``tree``,
+``build``), and the sums that follow from them (``arithmetic``). No torch, no megatron."""

@@ -18,6 +18,7 @@ and the nearest valid key; several problems are reported together. YAML tags tha
 from __future__ import annotations
 
 import dataclasses
+import errno
 import os
 import tempfile
 from collections.abc import Sequence
@@ -38,7 +39,7 @@ from megatron_syne.config.tree import (
     resolve_scalar,
     show_path,
 )
-from megatron_syne.errors import ConfigError
+from megatron_syne.errors import CannotCreate, ConfigError
 
 COMMAND_LINE = Origin()
 
@@ -74,9 +75,14 @@ def to_yaml(config: RunConfig) -> str:
 
 
 def save_resolved(config: RunConfig, path: str | os.PathLike[str]) -> None:
-    """Write :func:`to_yaml` to a file, whole or not at all."""
+    """Write :func:`to_yaml` to a file, whole or not at all; raises CannotCreate where the folder refuses."""
     target = Path(path)
-    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
+    try:
+        handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+            raise  # run_cli knows these
+        raise CannotCreate(f"{show_path(target)}: cannot be written: {error.strerror}") from None
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as out:
             out.write(to_yaml(config))

@@ -89,7 +89,7 @@ class ParallelConfig:
     overlap_p2p_comm: bool | None = None
     """Overlap pipeline sends and receives; not given = on exactly when VPP is used."""
     deallocate_pipeline_outputs: bool | None = None
-    """Free a stage's output once it is sent; not given = on where it is safe (see ``validate``)."""
+    """Free a stage's output once it is sent; not given = on, but for VPP over gloo."""
 
 
 @dataclass

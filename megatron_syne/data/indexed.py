@@ -194,16 +194,16 @@ class IndexedReader:
                 )
 
     def check_vocab(self, vocab_size: int) -> None:
-        """Refuse (DataError) tokens that an embedding of ``vocab_size`` rows does not have.
+        """Refuse (DataError) a tokenizer, or tokens, that an embedding of ``vocab_size`` rows cannot hold.
 
         From then on :meth:`read` holds every token to it, which catches damage inside the ``.bin`` too.
         """
         highest = self.manifest["max_token_id"] if self.manifest else self._scan_highest()
-        if highest >= vocab_size:
-            tokenizer = self.manifest["tokenizer"]["vocab_size"] if self.manifest else "unknown"
+        tokenizer = self.manifest["tokenizer"]["vocab_size"] if self.manifest else highest + 1
+        if max(highest + 1, tokenizer) > vocab_size:
             raise DataError(
-                f"{self.bin_path}: holds token id {highest} (tokenizer vocabulary {tokenizer}), but the "
-                f"model's embedding has {vocab_size} rows; use the model's own tokenizer to prepare the data"
+                f"{self.bin_path}: tokenised with a vocabulary of {tokenizer} (highest token id {highest}), but "
+                f"the model's embedding has {vocab_size} rows; prepare the data with the model's own tokenizer"
             )
         self._limit = vocab_size
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from megatron_syne.config.arithmetic import resolved_deallocate_pipeline_outputs, resolved_overlap_p2p_comm
 from megatron_syne.config.schema import ModelConfig, RunConfig
 from megatron_syne.models.llama import padded_vocab_size
 from megatron_syne.platform.base import Platform
@@ -26,11 +27,7 @@ def engine_config(config: RunConfig, model: ModelConfig, platform: Platform) -> 
     parallel, precision = config.parallel, config.precision
     vpp = parallel.virtual_pipeline_model_parallel_size
     dtype = DTYPES[precision.params_dtype]
-    overlap = parallel.overlap_p2p_comm if parallel.overlap_p2p_comm is not None else vpp is not None
-    deallocate = parallel.deallocate_pipeline_outputs
-    if deallocate is None:  # with gloo a sent output is still being read after isend returns
-        deallocate = vpp is None or platform.backend == "nccl"
-    std = model.init_method_std or 0.02
+    overlap = resolved_overlap_p2p_comm(parallel)
     options: dict[str, Any] = {
         "num_layers": model.num_layers,
         "hidden_size": model.hidden_size,
@@ -39,7 +36,7 @@ def engine_config(config: RunConfig, model: ModelConfig, platform: Platform) -> 
         "num_query_groups": model.num_query_groups,
         "kv_channels": model.kv_channels,
         "layernorm_epsilon": model.layernorm_epsilon,
-        "init_method_std": std,
+        "init_method_std": model.init_method_std,
         "normalization": "RMSNorm",
         "gated_linear_unit": True,
         "activation_func": nn.functional.silu,
@@ -56,7 +53,7 @@ def engine_config(config: RunConfig, model: ModelConfig, platform: Platform) -> 
         "pipeline_model_parallel_layout": parallel.pipeline_model_parallel_layout,
         "overlap_p2p_comm": overlap,
         "batch_p2p_comm": not overlap,
-        "deallocate_pipeline_outputs": deallocate,
+        "deallocate_pipeline_outputs": resolved_deallocate_pipeline_outputs(parallel, platform.name),
         "params_dtype": dtype,
         "pipeline_dtype": dtype,
         "bf16": dtype is torch.bfloat16,

@@ -5,6 +5,13 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+from megatron_syne.config.arithmetic import (
+    batch_arithmetic,
+    learning_rate,
+    resolved_deallocate_pipeline_outputs,
+    resolved_overlap_p2p_comm,
+    schedule_samples,
+)
 from megatron_syne.config.loader import to_yaml
 from megatron_syne.config.schema import ModelConfig, ParallelConfig, RunConfig
 from megatron_syne.data.mixture import MixturePlan, plan_mixture, plan_table
@@ -12,13 +19,6 @@ from megatron_syne.errors import SyneError
 from megatron_syne.models.llama import padded_vocab_size, read_json
 from megatron_syne.parallel.topology import coordinates, data_parallel_size, rank_grid, world_size_of
 from megatron_syne.preflight.facts import PlatformName
-from megatron_syne.preflight.schedule import (
-    batch_arithmetic,
-    learning_rate,
-    resolved_deallocate_pipeline_outputs,
-    resolved_overlap_p2p_comm,
-    schedule_samples,
-)
 from megatron_syne.preflight.size import model_parameters, stage_parameters
 
 FULL_GRID_RANKS = 64

@@ -12,6 +12,11 @@ import signal
 from collections.abc import Callable, Iterator
 from math import gcd, prod
 
+from megatron_syne.config.arithmetic import (
+    resolved_overlap_p2p_comm,
+    schedule_samples,
+    tokens_per_step,
+)
 from megatron_syne.config.loader import config_origin
 from megatron_syne.config.schema import ModelConfig, RunConfig
 from megatron_syne.config.tree import one_error
@@ -19,11 +24,6 @@ from megatron_syne.data.mixture import plan_mixture
 from megatron_syne.errors import ConfigError
 from megatron_syne.parallel.topology import chunk_layers, data_parallel_size
 from megatron_syne.preflight.facts import Facts, PlatformName, divisors, nearest, nearest_multiples
-from megatron_syne.preflight.schedule import (
-    resolved_overlap_p2p_comm,
-    schedule_samples,
-    tokens_per_step,
-)
 
 Problems = Iterator[str]
 Rule = Callable[[Facts], Problems]

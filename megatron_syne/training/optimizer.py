@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from torch import nn
 
+from megatron_syne.config.arithmetic import schedule_samples
 from megatron_syne.config.schema import RunConfig
 from megatron_syne.models.gpt import DTYPES, unwrap
 
@@ -57,35 +57,26 @@ def build_optimizer(chunks: list[Any], config: RunConfig) -> Any:
     return get_megatron_optimizer(engine_options, chunks, use_gloo_process_groups=False)
 
 
-def warmup_samples(config: RunConfig) -> int:
-    """Length of the warm-up in samples, from iterations or tokens."""
-    schedule = config.schedule
-    if schedule.lr_warmup_tokens is not None:
-        return math.ceil(schedule.lr_warmup_tokens / config.data.seq_length)
-    return (schedule.lr_warmup_iters or 0) * config.train.global_batch_size
-
-
 def build_scheduler(optimizer: Any, config: RunConfig, train_iters: int) -> Any:
     """megatron-core's schedule, counted in samples, so that it does not depend on the batch size."""
     from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-    schedule, batch = config.schedule, config.train.global_batch_size
-    decay_iters = schedule.lr_decay_iters or train_iters
+    schedule, samples = config.schedule, schedule_samples(config, train_iters)
     return OptimizerParamScheduler(
         optimizer,
         init_lr=schedule.lr_warmup_init,
         max_lr=config.optimizer.lr,
         min_lr=config.optimizer.min_lr,
-        lr_warmup_steps=warmup_samples(config),
-        lr_decay_steps=decay_iters * batch,
+        lr_warmup_steps=samples.warmup,
+        lr_decay_steps=samples.decay,
         lr_decay_style=schedule.lr_decay_style,
         start_wd=config.optimizer.weight_decay,
         end_wd=config.optimizer.weight_decay,
-        wd_incr_steps=decay_iters * batch,
+        wd_incr_steps=samples.decay,
         wd_incr_style="constant",
         use_checkpoint_opt_param_scheduler=False,
         override_opt_param_scheduler=False,
-        wsd_decay_steps=(schedule.lr_wsd_decay_iters or 0) * batch,
+        wsd_decay_steps=samples.wsd_decay,
         lr_wsd_decay_style=schedule.lr_wsd_decay_style,
     )
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
 from distributed.ranks import run_ranks
 
 REPOSITORY = Path(__file__).resolve().parents[2]
