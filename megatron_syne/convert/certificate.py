@@ -59,12 +59,20 @@ def read_certificate(folder: Path) -> dict[str, Any]:
             f"{where}: format {raw.get('format')!r} version {raw.get('version')!r}; "
             f"this program reads {FORMAT!r} version {VERSION}"
         )
-    good = raw.get("kind") in ("shards", "hf") and all(
-        isinstance(raw.get(part), dict) for part in ("tensors", "files")
-    )
-    hashes = raw["tensors"].values() if good else ()
-    if not good or not all(isinstance(t, dict) and {"dtype", "shape", "sha256"} <= set(t) for t in hashes):
-        raise DataError(f"{where}: malformed: expected kind, files and tensors")
+    try:
+        good = raw["kind"] in ("hf", "shards")
+        good &= all({"dtype", "shape", "sha256"} <= set(tensor) for tensor in raw["tensors"].values())
+        files = raw["files"] | (raw["source"]["files"] if raw["kind"] == "shards" else {})
+        good &= all(isinstance(sha256, str) for sha256 in files.values())
+        if raw["kind"] == "shards":
+            good &= all(isinstance(rank, dict) for rank in raw["shards"].values())
+            good &= isinstance(raw["ignored"], list)
+    except (KeyError, TypeError, AttributeError):
+        good = False
+    if not good:
+        raise DataError(
+            f"{where}: malformed: expected kind, files, tensors; of shards source, shards, ignored"
+        )
     return raw
 
 
@@ -102,8 +110,8 @@ def verify(folder: Path, source: Path | None = None, progress: Progress = quiet)
         found = {name: sha for tensors in hashes.values() for name, sha in tensors.items()}
         recorded = {name: tensor["sha256"] for name, tensor in certificate["tensors"].items()}
         _compare(f"{folder}: tensors", recorded, found)
-    if source is not None:
-        for name, recorded_hash in certificate.get("source", {}).get("files", {}).items():
+    if source is not None and certificate["kind"] == "shards":
+        for name, recorded_hash in certificate["source"]["files"].items():
             if sha256_inside(source, name) != recorded_hash:
                 raise DataError(f"{source / name}: is not the file that {folder} was made from")
     return Verified(
@@ -144,7 +152,7 @@ def _check_shards(
 ) -> None:
     layout = read_manifest(folder)
     store = open_shards(folder, layout)
-    recorded, tensors = certificate.get("shards", {}), certificate["tensors"]
+    recorded, tensors = certificate["shards"], certificate["tensors"]
     for tp_rank, pp_rank in layout.ranks():
         rank = rank_folder(tp_rank, pp_rank)
         found = hashes.get(f"{rank}/{WEIGHTS}", {})

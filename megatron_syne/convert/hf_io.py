@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -21,7 +20,14 @@ from megatron_syne.convert.files import (
 )
 from megatron_syne.convert.llama import EMBEDDING, IGNORED_SUFFIXES, OUTPUT
 from megatron_syne.convert.pieces import Piece, matrix
-from megatron_syne.convert.safetensors_io import DTYPES, TensorFile, TensorInfo, TensorSpec, TensorWriter
+from megatron_syne.convert.safetensors_io import (
+    DTYPES,
+    NAMES,
+    TensorFile,
+    TensorInfo,
+    TensorSpec,
+    TensorWriter,
+)
 from megatron_syne.convert.store import Store, Stored
 from megatron_syne.convert.table import hf_tensors
 from megatron_syne.errors import ConfigError, DataError, MissingInput, SecurityRefusal
@@ -194,8 +200,7 @@ def write_weights(
 
 def describe_tensor(spec: TensorSpec, sha256: str) -> dict[str, Any]:
     """How a tensor stands in a certificate."""
-    names = {dtype: name for name, dtype in DTYPES.items()}
-    return {"dtype": names[spec.dtype], "shape": list(spec.shape), "sha256": sha256}
+    return {"dtype": NAMES[spec.dtype], "shape": list(spec.shape), "sha256": sha256}
 
 
 def _whole(name: str, shape: tuple[int, ...]) -> Piece:
@@ -255,8 +260,3 @@ def _list(title: str, problems: list[str], limit: int = 100) -> str:
     if len(problems) > limit:
         shown.append(f"... and {len(problems) - limit} more")
     return "\n  ".join([f"{title} ({len(problems)}):", *shown])
-
-
-def parameters_bytes(model: ModelConfig, item_bytes: int) -> int:
-    """Bytes of all Hugging Face tensors of a model."""
-    return sum(math.prod(shape) for shape in hf_tensors(model).values()) * item_bytes

@@ -85,6 +85,7 @@ def import_to_shards(
             "shards",
             source={"folder": source_dir.resolve().name, "files": source_files},
             tensors=tensors,
+            ignored=source.ignored,
             files=files,
             shards=shards,
         )

@@ -73,11 +73,13 @@ def make_layout(model: ModelConfig, parallel: ParallelConfig) -> Layout:
     assert model.num_layers is not None, "resolve_model first"
     for name in _LAYOUT_FIELDS[:3]:
         size = getattr(parallel, name)
-        if size is not None and size < 1:
-            raise ConfigError(f"parallel.{name}: {size} must be at least 1")
+        if size is not None and (type(size) is not int or size < 1):
+            raise ConfigError(f"parallel.{name}: {size!r} must be a whole number from 1 on")
     multiple = model.make_vocab_size_divisible_by
-    if multiple < 1:
-        raise ConfigError(f"model.make_vocab_size_divisible_by: {multiple} must be at least 1")
+    if type(multiple) is not int or multiple < 1:
+        raise ConfigError(
+            f"model.make_vocab_size_divisible_by: {multiple!r} must be a whole number from 1 on"
+        )
     layout = Layout(model, parallel, chunk_layers(parallel, model.num_layers))
     for entry in layout.stage(0):
         pieces(entry, model, 0, layout.tp_size)  # refuses a TP size that does not suit the model
@@ -116,7 +118,8 @@ def read_manifest(folder: Path) -> Layout:
         different = model_differences(model, source)
         if different:
             raise DataError(f"{where}: model disagrees with {HF_FOLDER}/config.json: {'; '.join(different)}")
-        layout = make_layout(model, parallel)
+        multiple = model.make_vocab_size_divisible_by
+        layout = make_layout(dataclasses.replace(source, make_vocab_size_divisible_by=multiple), parallel)
     except (KeyError, TypeError) as error:
         raise DataError(f"{where}: malformed: {error}") from None
     except ConfigError as error:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -43,6 +43,8 @@ class WeightSource:
     store: Store
     layout: Layout | None = None
     """How shards are cut; None for a Hugging Face folder."""
+    ignored: list[str] = field(default_factory=list)
+    """Tensors in the source's files that are left out: buffers, the copy of a tied embedding."""
 
     def parameter(self, name: str, tp_rank: int, tp_size: int) -> torch.Tensor:
         """The part of a Megatron parameter that belongs to one TP rank, in the format it is stored in.
@@ -95,24 +97,26 @@ def open_source(path: str | Path, make_vocab_size_divisible_by: int | None = Non
     folder = Path(path)
     if not folder.is_dir():
         raise MissingInput(f"{folder}: no such folder; expected a Hugging Face folder or a folder of shards")
-    layout = None
+    layout, ignored = None, list[str]()
     if exists_inside(folder, MANIFEST):
         layout = read_manifest(folder)
         model, artifacts, store = layout.model, folder / HF_FOLDER, open_shards(folder, layout)
         kind = "shards"
+        if exists_inside(folder, CERTIFICATE):
+            ignored = read_certificate(folder).get("ignored", [])
     elif exists_inside(folder, "config.json"):
         config = read_json_inside(folder, "config.json")
         model, artifacts = model_config_from_hf(config, str(folder / "config.json")), folder
         check_artifacts(folder)
-        store = HFWeights(folder, model).store
-        kind = "hf"
+        weights = HFWeights(folder, model)
+        store, kind, ignored = weights.store, "hf", weights.ignored
     else:
         raise MissingInput(
             f"{folder}: neither a Hugging Face folder (no config.json) nor a folder of shards (no {MANIFEST})"
         )
     if make_vocab_size_divisible_by is not None:
         model = replace(model, make_vocab_size_divisible_by=make_vocab_size_divisible_by)
-    return WeightSource(folder, kind, model, artifacts, _fingerprint(folder, store), store, layout)
+    return WeightSource(folder, kind, model, artifacts, _fingerprint(folder, store), store, layout, ignored)
 
 
 def _fingerprint(folder: Path, store: Store) -> str:

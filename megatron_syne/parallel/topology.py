@@ -7,10 +7,13 @@ No torch.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from megatron_syne.config.schema import ParallelConfig
 from megatron_syne.errors import ConfigError
+
+_LONGEST_LAYOUT = 100_000
 
 
 @dataclass(frozen=True)
@@ -123,14 +126,23 @@ def _stage_counts(parallel: ParallelConfig, pp: int, num_layers: int) -> list[in
 
 
 def expand_layout(text: str) -> list[str]:
-    """Chunks of a layout string as strings of ``E``, ``t``, ``L``; understands ``t*3`` and ``(t|)*2``."""
-    import re
+    """Chunks of a layout string as strings of ``E``, ``t``, ``L``; understands ``t*3`` and ``(t|)*2``.
+
+    Raises ConfigError past 100,000 characters: no model has so many layers, but a hostile file might say so.
+    """
+
+    def repeat(match: re.Match[str]) -> str:
+        if len(match[2]) > 6 or len(match[1]) * int(match[2]) > _LONGEST_LAYOUT:
+            raise ConfigError(f"parallel.pipeline_model_parallel_layout: {match[0][:40]!r} repeats too often")
+        return match[1] * int(match[2])
 
     previous = None
     while previous != text:  # innermost first, so that nested groups come apart
         previous = text
-        text = re.sub(r"\(([^()]*)\)\*(\d+)", lambda m: m[1] * int(m[2]), text)
-        text = re.sub(r"([A-Za-z])\*(\d+)", lambda m: m[1] * int(m[2]), text)
+        text = re.sub(r"\(([^()]*)\)\*(\d+)", repeat, text)
+        text = re.sub(r"([A-Za-z])\*(\d+)", repeat, text)
+        if len(text) > _LONGEST_LAYOUT:
+            raise ConfigError("parallel.pipeline_model_parallel_layout: expands to over 100,000 characters")
     return text.replace(",", "").replace(" ", "").split("|")
 
 

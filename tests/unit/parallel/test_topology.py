@@ -228,3 +228,13 @@ def test_rank_grid_shows_every_rank_and_what_it_holds() -> None:
     ]
     assert lines[1].endswith("embedding, layers 0-0 | layers 2-2")
     assert lines[8].endswith("layers 1-1 | layers 3-3, output")
+
+
+@pytest.mark.parametrize("text", ["(t|)*99999999999", "((((t*9999)*9999)*9999)*9999)*9999", "t*100001"])
+def test_a_hostile_layout_does_not_use_up_memory(text: str) -> None:
+    with pytest.raises(ConfigError, match="pipeline_model_parallel_layout"):
+        expand_layout(text)
+
+
+def test_layout_notation_expands() -> None:
+    assert expand_layout("Et*2|(tt|)*2tL") == ["Ett", "tt", "tt", "tL"]

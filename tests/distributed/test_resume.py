@@ -1,0 +1,115 @@
+"""A run that stops and goes on is the run that never stopped: to the bit in the same layout, within the
+rounding of another order of sums in another."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from .conftest import REPOSITORY, Bench
+from .test_layouts import PP2, PP4, SP, TP2, VPP2
+
+pytestmark = pytest.mark.slow
+
+HALF = "train.exit_interval=10"
+OTHERS = {
+    1: {"single": []},
+    2: {"dp2": [], "pp2_vpp2": [PP2, VPP2]},
+    4: {"tp2_dp2_sp": [TP2, SP], "pp4": [PP4]},
+}
+
+
+@pytest.fixture(scope="module")
+def stopped(bench: Bench, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, dict]]:
+    """A TP2 x PP2 run that saved at step 10 and stopped, went on, and one that was left alone."""
+    run = tmp_path_factory.mktemp("resume") / "run"
+    layout = [TP2, PP2, SP]
+    results = bench.train(4, {"undisturbed": layout, "first": [*layout, HALF, f"run_dir={run}"]})
+    kept = run.with_name("at_step_10")
+    shutil.copytree(run, kept)
+    results |= bench.train(4, {"second": [*layout, f"run_dir={run}"]})
+    return kept, results
+
+
+def losses(result: dict) -> list[str]:
+    return [row["loss"] for row in result["steps"]]
+
+
+def test_same_layout_goes_on_to_the_bit(stopped: tuple[Path, dict[str, dict]]) -> None:
+    _, results = stopped
+    assert results["second"]["first_step"] == 10
+    assert len(losses(results["first"])) == 10
+    assert losses(results["first"]) + losses(results["second"]) == losses(results["undisturbed"])
+    norms = [row["grad_norm"] for half in ("first", "second") for row in results[half]["steps"]]
+    assert norms == [row["grad_norm"] for row in results["undisturbed"]["steps"]]
+
+
+def test_other_layouts_go_on_within_rounding(
+    bench: Bench, stopped: tuple[Path, dict[str, dict]], tmp_path: Path
+) -> None:
+    kept, results = stopped
+    expected = [float.fromhex(x) for x in losses(results["undisturbed"])[10:]]
+    for world_size, layouts in OTHERS.items():
+        jobs = {}
+        for name, overrides in layouts.items():
+            shutil.copytree(kept, tmp_path / name)
+            jobs[name] = [*overrides, f"run_dir={tmp_path / name}"]
+        for name, result in bench.train(world_size, jobs).items():
+            assert result["first_step"] == 10
+            found = [float.fromhex(x) for x in losses(result)]
+            assert len(found) == 10
+            largest = max(abs(a - b) for a, b in zip(found, expected, strict=True))
+            print(f"TP2 PP2 -> {name}: largest loss difference {largest:.2e}")
+            assert largest <= 5e-6, name
+
+
+def test_bf16_goes_on_to_the_bit(bench: Bench, tmp_path: Path) -> None:
+    """Also the fp32 master weights and moments come back whole."""
+    run = f"run_dir={tmp_path / 'run'}"
+    layout = [PP2, "precision.params_dtype=bf16"]
+    results = bench.train(2, {"undisturbed": layout, "first": [*layout, HALF, run], "second": [*layout, run]})
+    assert results["second"]["first_step"] == 10
+    assert losses(results["first"]) + losses(results["second"]) == losses(results["undisturbed"])
+
+
+def test_the_three_ways_to_start_agree(
+    bench: Bench, stopped: tuple[Path, dict[str, dict]], tmp_path: Path
+) -> None:
+    """Shards = the Hugging Face folder they came from; a checkpoint = the Hugging Face folder exported from it."""
+    kept, results = stopped
+    convert = [sys.executable, str(REPOSITORY / "tools/convert_checkpoint.py")]
+    shards, exported = tmp_path / "shards", tmp_path / "exported"
+    subprocess.run(
+        [*convert, "import", "--hf", str(bench.folder / "seed"), "--out", str(shards),
+         "--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2"], check=True,
+    )  # fmt: skip
+    checkpoint = next((kept / "checkpoints").glob("iter_*"))
+    subprocess.run([*convert, "export", "--from", str(checkpoint), "--out", str(exported)], check=True)
+    found = bench.train(
+        4,
+        {
+            "shards": [TP2, PP2, SP, f"checkpoint.initialize_from={shards}", "train.exit_interval=5"],
+            "checkpoint": [TP2, PP2, SP, f"checkpoint.initialize_from={checkpoint}", "train.exit_interval=5"],
+            "exported": [TP2, PP2, SP, f"checkpoint.initialize_from={exported}", "train.exit_interval=5"],
+            "resharded": [PP4, f"checkpoint.initialize_from={shards}", "train.exit_interval=5"],
+        },
+    )
+    assert losses(found["shards"]) == losses(results["undisturbed"])[:5]
+    assert losses(found["checkpoint"]) == losses(found["exported"])
+    assert losses(found["checkpoint"]) != losses(found["shards"])
+    gap = [
+        float.fromhex(a) - float.fromhex(b)
+        for a, b in zip(losses(found["resharded"]), losses(found["shards"]), strict=True)
+    ]
+    assert max(map(abs, gap)) <= 5e-6
+
+
+def test_training_from_scratch_starts_at_the_entropy_of_the_vocabulary(bench: Bench) -> None:
+    import math
+
+    found = bench.train(2, {"scratch": [TP2, "checkpoint.initialize_from=null", "train.exit_interval=2"]})
+    assert abs(float.fromhex(losses(found["scratch"])[0]) - math.log(2560)) < 0.2
