@@ -66,6 +66,12 @@ class StoppedCleanly(SyneError):
     exit_code = EXIT_REQUEUE
 
 
+class PeerFailed(SyneError):
+    """Another rank failed first, and has said why (exit 70)."""
+
+    exit_code = EXIT_INTERNAL
+
+
 class SecurityRefusal(SyneError):
     """An input that tries to leave its folder or to run code (exit 77)."""
 
@@ -81,12 +87,12 @@ def run_cli(main: Callable[[], int | None]) -> int:
     try:
         return main() or EXIT_OK
     except SyneError as error:
-        # With several ranks only the first one speaks: the same line once per rank is soup.
-        if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0" or getattr(
-            error, "this_rank_only", False
-        ):
+        # With several ranks the same line once per rank is soup: rank 0 speaks, or the one that failed first.
+        rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
+        if getattr(error, "this_rank_only", rank == "0"):
             word = "stopped" if isinstance(error, StoppedCleanly) else "error"
-            print(f"{word}: {error}", file=sys.stderr, flush=True)
+            who = f" on rank {rank}" if rank != "0" else ""
+            print(f"{word}{who}: {error}", file=sys.stderr, flush=True)
         return error.exit_code
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):

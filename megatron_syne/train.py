@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
-import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,15 +16,23 @@ from typing import TYPE_CHECKING, Any
 from megatron_syne.config.loader import load_config, save_resolved, to_yaml
 from megatron_syne.config.schema import ModelConfig, RunConfig
 from megatron_syne.data.mixture import MixturePlan, plan_mixture
-from megatron_syne.errors import EXIT_INTERNAL, StoppedCleanly, SyneError, run_cli
+from megatron_syne.errors import (
+    EXIT_INTERNAL,
+    EXIT_OK,
+    EXIT_REQUEUE,
+    PeerFailed,
+    StoppedCleanly,
+    SyneError,
+    run_cli,
+)
 from megatron_syne.models.llama import resolve_model
+from megatron_syne.parallel.ranks import RankInfo, rank_info
 from megatron_syne.parallel.topology import coordinates, data_parallel_size, world_size_of
 from megatron_syne.platform.base import Platform, resolve_name, select
 from megatron_syne.preflight.report import dry_run_report
 from megatron_syne.preflight.rules import check
 
 if TYPE_CHECKING:
-    from megatron_syne.parallel.setup import RankInfo
     from megatron_syne.training.callback import Callback
     from megatron_syne.training.trainer import Trainer
 
@@ -55,59 +61,52 @@ def main(argv: list[str] | None = None) -> int:
         check(config, model, world_size_of(config.parallel), platform)
         print(dry_run_report(config, model, platform))
         return 0
-    from megatron_syne.parallel.setup import rank_info
-
     info = rank_info()
     check(config, model, info.world_size, platform)
     return run(config, model, select(config.platform), info)
 
 
 def run(config: RunConfig, model: ModelConfig, platform: Platform, info: RankInfo) -> int:
-    """A whole run on this rank; rank 0 holds the run folder's lock and leaves ``last_exit.json``."""
+    """A whole run on this rank. Rank 0 holds the run folder's lock; ``last_exit.json`` tells how it ended."""
+    from megatron_syne.parallel.setup import stop_distributed
+    from megatron_syne.resilience.exit_record import ExitRecord
     from megatron_syne.resilience.run_lock import RunLock
     from megatron_syne.resilience.signals import StopOnSignal
 
     stop = StopOnSignal(config.resilience.exit_signals)  # first: a signal while starting must not be lost
     run_dir = Path(config.run_dir)
-    lock = RunLock(run_dir)
+    lock, record = RunLock(run_dir), ExitRecord(run_dir, info.rank)
     if info.rank == 0:
         lock.acquire()
+        record.forget()
         save_resolved(config, run_dir / "config.yaml")
-    code, step = EXIT_INTERNAL, -1
+    trainer = None
     try:
         trainer = build_trainer(config, model, platform, info)
         trainer.callbacks = [stop, *trainer.callbacks]
-        step = trainer.state.step
-        try:
-            trainer.fit()
-        finally:
-            step = trainer.state.step
-            trainer.train_data.close()
-        leave(trainer)
-        code = 0
-    except SyneError as error:
-        code = error.exit_code
+        trainer.fit()
+        step, complete = trainer.state.step, trainer.state.step >= trainer.train_iters
+        if info.rank == 0:
+            record.write(EXIT_OK if complete else EXIT_REQUEUE, step)
+    except Exception as error:
+        known = isinstance(error, SyneError)
+        code = error.exit_code if isinstance(error, SyneError) else EXIT_INTERNAL
+        first = record.claim(code, trainer.state.step if trainer else -1, met_alike=known)
+        if not known and not first:
+            raise PeerFailed("another rank failed first") from None
+        error.this_rank_only = first  # type: ignore[attr-defined]
         raise
     finally:
-        if info.rank == 0:
-            record = {"exit_code": code, "iteration": step, "time": time.time()}
-            temporary = run_dir / "last_exit.json.tmp"
-            temporary.write_text(json.dumps(record) + "\n")
-            os.replace(temporary, run_dir / "last_exit.json")
-            lock.release()
-    return code
-
-
-def leave(trainer: Trainer) -> None:
-    """Take the groups down; raises StoppedCleanly where training is to go on later."""
-    from megatron_syne.parallel.setup import stop_distributed
-
+        if trainer is not None:
+            trainer.train_data.close()
+        lock.release()
     stop_distributed()
-    if trainer.state.step < trainer.train_iters:
+    if not complete:
         raise StoppedCleanly(
-            f"{trainer.stop_reason} at step {trainer.state.step} of {trainer.train_iters}; "
+            f"{trainer.stop_reason} at step {step} of {trainer.train_iters}; "
             "everything is saved, start the same command again to go on"
         )
+    return EXIT_OK
 
 
 def build_trainer(config: RunConfig, model: ModelConfig, platform: Platform, info: RankInfo) -> Trainer:

@@ -4,33 +4,14 @@ from __future__ import annotations
 
 import datetime
 import os
-from dataclasses import dataclass
+import socket
 
 import torch.distributed as dist
 
 from megatron_syne.config.schema import ParallelConfig
 from megatron_syne.errors import ConfigError
+from megatron_syne.parallel.ranks import RankInfo
 from megatron_syne.platform.base import Platform
-
-
-@dataclass(frozen=True)
-class RankInfo:
-    """This process among all: from torchrun's or our launcher's variables, or from Slurm's."""
-
-    rank: int
-    world_size: int
-    local_rank: int
-
-
-def rank_info() -> RankInfo:
-    """Read RANK/WORLD_SIZE/LOCAL_RANK; where they are not set SLURM_PROCID/NTASKS/LOCALID inside an srun
-    step; otherwise one process."""
-    env = os.environ
-    if "RANK" in env:
-        return RankInfo(int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", "0")))
-    if "SLURM_STEP_ID" in env and "SLURM_PROCID" in env:
-        return RankInfo(int(env["SLURM_PROCID"]), int(env["SLURM_NTASKS"]), int(env["SLURM_LOCALID"]))
-    return RankInfo(0, 1, 0)
 
 
 def start_distributed(platform: Platform, info: RankInfo, timeout_seconds: int) -> None:
@@ -39,8 +20,9 @@ def start_distributed(platform: Platform, info: RankInfo, timeout_seconds: int) 
         return
     timeout = datetime.timedelta(seconds=timeout_seconds)
     if info.world_size == 1 and "MASTER_ADDR" not in os.environ:
-        store = dist.HashStore()
-        dist.init_process_group(platform.backend, store=store, rank=0, world_size=1, timeout=timeout)
+        dist.init_process_group(
+            platform.backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout
+        )
         return
     for name in ("MASTER_ADDR", "MASTER_PORT"):
         if name not in os.environ:
@@ -48,9 +30,27 @@ def start_distributed(platform: Platform, info: RankInfo, timeout_seconds: int) 
                 f"{info.world_size} processes, but {name} is not set: start through launch/local.sh, "
                 "launch/slurm.py or torchrun"
             )
-    dist.init_process_group(
-        platform.backend, rank=info.rank, world_size=info.world_size, timeout=timeout, init_method="env://"
-    )
+    address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+    try:
+        store = _meet(address, int(port), info, timeout)
+        dist.init_process_group(
+            platform.backend, store=store, rank=info.rank, world_size=info.world_size, timeout=timeout
+        )
+    except (OSError, dist.DistNetworkError, dist.DistStoreError) as error:
+        raise ConfigError(
+            f"rank {info.rank} of {info.world_size} could not meet the others at {address}:{port} "
+            f"(MASTER_ADDR:MASTER_PORT): {str(error).splitlines()[0]}. Is the port free on that host, does the "
+            "name resolve, and were all ranks started?"
+        ) from None
+
+
+def _meet(address: str, port: int, info: RankInfo, timeout: datetime.timedelta) -> dist.Store:
+    """torch's TCPStore; on a loopback address it listens there alone (torch's own would on every interface)."""
+    listener = None
+    if info.rank == 0 and address in ("127.0.0.1", "localhost"):
+        with socket.create_server(("127.0.0.1", port), backlog=2048) as server:
+            listener = server.detach()
+    return dist.TCPStore(address, port, info.world_size, info.rank == 0, timeout, master_listen_fd=listener)
 
 
 def start_model_parallel(parallel: ParallelConfig, seed: int) -> None:

@@ -6,6 +6,7 @@ job started again (a requeued job may come back on another node). Otherwise the 
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import socket
@@ -24,24 +25,20 @@ class RunLock:
     def acquire(self) -> None:
         """Create the lock; CannotCreate names the holder where another run has it."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        me = json.dumps(_identity())
-        for _ in range(5):
-            try:
-                descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
-            except FileExistsError:
-                self._remove_if_dead()
-                continue
+        # Looking at a dead holder's lock and replacing it must be one act: of two runs that both see it dead
+        # the second would otherwise replace the first one's new lock.
+        with (self.path.parent / ".run.lock.guard").open("w") as guard:
+            fcntl.flock(guard, fcntl.LOCK_EX)
+            if os.path.lexists(self.path):
+                self._refuse_unless_dead()
+                self.path.unlink()
+            descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
             with os.fdopen(descriptor, "w") as stream:
-                stream.write(me)
-            self.held = True
-            return
-        raise CannotCreate(f"{self.path}: another run keeps taking this lock; use another run_dir")
+                stream.write(json.dumps(_identity()))
+        self.held = True
 
-    def _remove_if_dead(self) -> None:
-        try:
-            text = self.path.read_text()
-        except FileNotFoundError:
-            return
+    def _refuse_unless_dead(self) -> None:
+        text = self.path.read_text()
         try:
             holder = json.loads(text)
             host, pid, job = holder["host"], int(holder["pid"]), holder.get("job")
@@ -52,20 +49,12 @@ class RunLock:
         mine = _identity()
         same_job = job is not None and job == mine["job"] and holder.get("restart") != mine["restart"]
         dead_here = host == mine["host"] and not _alive(pid, holder.get("started"))
-        if same_job or dead_here:
-            # Renaming is atomic: of two runs that both saw a dead holder only one moves its file away.
-            grave = self.path.with_name(f"{self.path.name}.dead.{os.getpid()}")
-            try:
-                os.rename(self.path, grave)
-            except FileNotFoundError:
-                return
-            grave.unlink(missing_ok=True)
-            return
-        what = f"job {job}" if job else "a run"
-        raise CannotCreate(
-            f"{self.path.parent} is held by {what} (host {host}, pid {pid}); wait for it or use another run_dir. "
-            f"If that run is gone for certain, remove {self.path.name}"
-        )
+        if not (same_job or dead_here):
+            what = f"job {job}" if job else "a run"
+            raise CannotCreate(
+                f"{self.path.parent} is held by {what} (host {host}, pid {pid}); wait for it or use another "
+                f"run_dir. If that run is gone for certain, remove {self.path.name}"
+            )
 
     def release(self) -> None:
         """Give the folder back."""

@@ -32,6 +32,7 @@ from megatron_syne.config.schema import DataConfig, ModelConfig, PrecisionConfig
 from megatron_syne.convert.source import open_source
 from megatron_syne.models.gpt import build_model, load_weights
 from megatron_syne.models.llama import resolve_model
+from megatron_syne.parallel.ranks import rank_info
 from megatron_syne.parallel.setup import (
     rank_info, start_distributed, start_model_parallel, stop_distributed, stop_model_parallel,
 )

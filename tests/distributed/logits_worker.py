@@ -18,8 +18,8 @@ def main() -> None:
 
     from megatron_syne.config.loader import load_config
     from megatron_syne.models.llama import resolve_model
+    from megatron_syne.parallel.ranks import rank_info
     from megatron_syne.parallel.setup import (
-        rank_info,
         start_distributed,
         start_model_parallel,
         stop_distributed,

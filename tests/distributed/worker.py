@@ -21,8 +21,8 @@ def main() -> None:
     platform = select("cpu")
     from megatron_syne.config.loader import load_config
     from megatron_syne.models.llama import resolve_model
+    from megatron_syne.parallel.ranks import rank_info
     from megatron_syne.parallel.setup import (
-        rank_info,
         start_distributed,
         stop_distributed,
         stop_model_parallel,
