@@ -7,14 +7,13 @@ This module is the only one that puts the rooms together.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_syne.config.loader import load_config, save_resolved, to_yaml
-from megatron_syne.config.schema import ModelConfig, RunConfig
+from megatron_syne.config.schema import LaunchConfig, ModelConfig, RunConfig
 from megatron_syne.data.mixture import MixturePlan, plan_mixture
 from megatron_syne.errors import (
     EXIT_INTERNAL,
@@ -204,7 +203,9 @@ def watchers(config: RunConfig, model: ModelConfig, run_dir: Path, platform: Pla
 
     result: list[Callback] = [MetricsLog(run_dir / "metrics.jsonl")]
     if config.monitor.tensorboard:
-        text = f"{platform.describe()}\n{json.dumps(asdict(model))}\n{to_yaml(config)}"
+        # without the launch section: its environment may hold keys that are nobody else's business
+        shown = to_yaml(replace(config, model=model, launch=LaunchConfig()))
+        text = f"{platform.describe()}\n\n{shown}"
         result.append(TensorboardEvents(run_dir / "tensorboard", text))
     if config.monitor.progress:
         result.append(ConsoleProgress())

@@ -43,6 +43,7 @@ class CheckpointCallback(Callback):
             "layout": asdict(trainer.config.parallel),
             "precision": asdict(trainer.config.precision),
         }
+        trainer.gather_parameters()
         path = self.manager.save(trainer.chunks, trainer.optimizer, trainer.state, run)
         self.last_saved = trainer.state.step
         trainer.emit("on_checkpoint_saved", path)

@@ -72,7 +72,6 @@ def build_model(config: RunConfig, model: ModelConfig, platform: Platform) -> li
         get_num_layers_to_build,
     )
 
-    platform.check_model(model)
     parallel = config.parallel
     engine = engine_config(config, model, platform)
     layer, final_norm = platform.layer_spec()

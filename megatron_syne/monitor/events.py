@@ -20,6 +20,7 @@ _TAGS = {
     "tokens_per_second": "speed/tokens_per_second",
     "step_seconds": "speed/step_seconds",
     "data_seconds": "speed/data_seconds",
+    "peak_memory_bytes": "memory/peak_bytes",
     "consumed_tokens": "progress/consumed_tokens",
     "consumed_samples": "progress/consumed_samples",
 }

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-    from megatron_syne.config.schema import ModelConfig, PrecisionConfig, RunConfig
+    from megatron_syne.config.schema import PrecisionConfig, RunConfig
 
 
 class Platform(ABC):
@@ -39,12 +39,8 @@ class Platform(ABC):
         """Fields of megatron-core's ``TransformerConfig`` that depend on the machine."""
 
     @abstractmethod
-    def synchronize(self) -> None:
-        """Wait for queued work, so that a clock can be read."""
-
-    @abstractmethod
-    def memory_allocated(self) -> int:
-        """Peak memory of this rank in bytes: device memory on CUDA, resident set on CPU."""
+    def peak_memory(self) -> int:
+        """Peak memory of this rank in bytes: allocated device memory on CUDA, resident set on CPU."""
 
     @abstractmethod
     def describe(self) -> str:
@@ -53,9 +49,6 @@ class Platform(ABC):
     def to_device(self, batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Copy a batch to this rank's device (no copy where it is there already)."""
         return {key: value.to(self.device, non_blocking=True) for key, value in batch.items()}
-
-    def check_model(self, model: ModelConfig) -> None:  # noqa: B027 (an optional hook)
-        """Raise ConfigError where this machine cannot run the architecture."""
 
 
 def has_gpu() -> bool:

@@ -200,10 +200,7 @@ class CpuPlatform(Platform):
             "cross_entropy_loss_fusion": False,  # casts the gradient of the logits to bf16, also in fp32
         }
 
-    def synchronize(self) -> None:
-        return None
-
-    def memory_allocated(self) -> int:
+    def peak_memory(self) -> int:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
     def describe(self) -> str:

@@ -111,15 +111,13 @@ class CudaPlatform(Platform):
             "bias_activation_fusion": True,
             "bias_dropout_fusion": True,
             "apply_rope_fusion": True,
-            "cross_entropy_loss_fusion": True,
+            "cross_entropy_loss_fusion": config.precision.params_dtype
+            == "bf16",  # casts the gradient to bf16
             "cross_entropy_fusion_impl": "native",
             **fp8_options(config.precision),
         }
 
-    def synchronize(self) -> None:
-        torch.cuda.synchronize()
-
-    def memory_allocated(self) -> int:
+    def peak_memory(self) -> int:
         return torch.cuda.max_memory_allocated()
 
     def describe(self) -> str:

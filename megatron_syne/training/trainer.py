@@ -72,11 +72,8 @@ class Trainer:
             sums, [self.stop_requested, 0.0 if updated else 1.0], self.platform.device
         )
         loss = loss_sum / max(tokens, 1.0)
-        if not math.isfinite(loss) or not math.isfinite(grad_norm) or refused:
-            raise DataError(
-                f"step {self.state.step + 1}: loss {loss}, gradient norm {grad_norm}: not finite; the last "
-                "checkpoint is untouched. Lower the learning rate, or look at this step's data"
-            )
+        self.refuse_unless_finite(loss, grad_norm, refused > 0)
+
         self.state.step += 1
         self.state.consumed_samples += self.config.train.global_batch_size
         self.state.consumed_tokens += int(tokens)
@@ -92,7 +89,16 @@ class Trainer:
             "data_seconds": loaded - started,
             "consumed_tokens": float(self.state.consumed_tokens),
             "consumed_samples": float(self.state.consumed_samples),
+            "peak_memory_bytes": float(self.platform.peak_memory()),
         }
+
+    def refuse_unless_finite(self, loss: float, grad_norm: float, refused: bool) -> None:
+        """All ranks see the same values, so all stop here together; DataError, nothing of the step is kept."""
+        if not math.isfinite(loss) or not math.isfinite(grad_norm) or refused:
+            raise DataError(
+                f"step {self.state.step + 1}: loss {loss}, gradient norm {grad_norm}: not finite; the last "
+                "checkpoint is untouched. Lower the learning rate, or look at this step's data"
+            )
 
     def run_schedule(self, batches: list[Batch], forward_only: bool) -> list[Any]:
         """megatron-core's schedule (none, 1F1B or interleaved) over one global batch of this rank."""
@@ -123,6 +129,7 @@ class Trainer:
         import torch
 
         losses = {}
+        self.gather_parameters()
         for chunk in self.chunks:
             chunk.eval()
         with torch.no_grad():
@@ -135,6 +142,16 @@ class Trainer:
         for chunk in self.chunks:
             chunk.train()
         return losses
+
+    def gather_parameters(self) -> None:
+        """Make every rank's weights current, before they are saved or evaluated; all ranks must call.
+
+        With ``overlap_param_gather`` the engine gathers the updated weights only in the next forward pass:
+        until then each rank holds the last step's values of what it does not own.
+        """
+        for chunk in self.chunks:
+            if chunk.ddp_config.overlap_param_gather:
+                chunk.start_param_sync(force_sync=True)
 
     def emit(self, event: str, *args: Any) -> None:
         """Tell every callback, in order."""

@@ -10,9 +10,11 @@ SP = "parallel.sequence_parallel=true"
 TP2, PP2 = "parallel.tensor_model_parallel_size=2", "parallel.pipeline_model_parallel_size=2"
 PP4, VPP2 = "parallel.pipeline_model_parallel_size=4", "parallel.virtual_pipeline_model_parallel_size=2"
 
+OVERLAP = ["parallel.overlap_grad_reduce=true", "parallel.overlap_param_gather=true"]
+
 LAYOUTS = {
     1: {"single": []},
-    2: {"tp2_sp": [TP2, SP], "pp2": [PP2], "dp2": [], "pp2_vpp2": [PP2, VPP2]},
+    2: {"tp2_sp": [TP2, SP], "pp2": [PP2], "dp2": [], "pp2_vpp2": [PP2, VPP2], "dp2_overlap": OVERLAP},
     4: {
         "pp4": [PP4],
         "tp2_pp2_sp": [TP2, PP2, SP],

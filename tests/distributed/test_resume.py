@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from .conftest import REPOSITORY, Bench
-from .test_layouts import PP2, PP4, SP, TP2, VPP2
+from .test_layouts import OVERLAP, PP2, PP4, SP, TP2, VPP2
 
 pytestmark = pytest.mark.slow
 
@@ -74,6 +74,30 @@ def test_bf16_goes_on_to_the_bit(bench: Bench, tmp_path: Path) -> None:
     results = bench.train(2, {"undisturbed": layout, "first": [*layout, HALF, run], "second": [*layout, run]})
     assert results["second"]["first_step"] == 10
     assert losses(results["first"]) + losses(results["second"]) == losses(results["undisturbed"])
+
+
+def test_weights_gathered_late_are_saved_and_evaluated_as_they_are(bench: Bench, tmp_path: Path) -> None:
+    """With the parameter gather overlapped, ranks hold old weights between steps: neither a checkpoint nor an
+    evaluation may see them."""
+    run, evaluate = f"run_dir={tmp_path / 'run'}", "train.eval_interval=5"
+    results = bench.train(
+        2,
+        {
+            "plain": [evaluate],
+            "undisturbed": [*OVERLAP, evaluate],
+            "first": [*OVERLAP, evaluate, HALF, run],
+            "second": [*OVERLAP, evaluate, run],
+        },
+    )
+    assert losses(results["first"]) + losses(results["second"]) == losses(results["undisturbed"])
+    assert len(results["plain"]["validation"]) == 4
+    for plain, late in zip(results["plain"]["validation"], results["undisturbed"]["validation"], strict=True):
+        assert late["en"] == pytest.approx(plain["en"], abs=5e-6)
+    from megatron_syne.checkpoint.reader import CheckpointReader
+
+    stored = CheckpointReader(max((tmp_path / "run" / "checkpoints").iterdir()))
+    for name in ("embedding.word_embeddings.weight", "output_layer.weight", "decoder.final_layernorm.weight"):
+        assert stored.full(name).equal(stored.full(f"optimizer.state.param.{name}")), name
 
 
 def test_the_three_ways_to_start_agree(

@@ -1,7 +1,7 @@
 """The whole road on a model from outside: Hugging Face -> shards -> training checkpoint -> Hugging Face.
 
-With a learning rate below the last bit of any weight nothing may change on the way: the exported folder holds the bits of the source,
-whatever the layout, also with tied embeddings and uneven stages.
+With a learning rate below the last bit of any weight nothing may change on the way: the exported folder holds
+the bits of the source, whatever the layout, also with tied embeddings and uneven stages.
 """
 
 from __future__ import annotations
