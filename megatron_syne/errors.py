@@ -94,14 +94,29 @@ def run_cli(main: Callable[[], int | None]) -> int:
             who = f" on rank {rank}" if rank != "0" else ""
             print(f"{word}{who}: {error}", file=sys.stderr, flush=True)
         return error.exit_code
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
-            print(f"error: {error}", file=sys.stderr, flush=True)
-            return EXIT_IO
-        traceback.print_exc()
-        return EXIT_INTERNAL
     except KeyboardInterrupt:
         return 130
-    except Exception:
-        traceback.print_exc()
-        return EXIT_INTERNAL
+    except Exception as error:
+        fault = disk_fault(error)
+        if fault is None:
+            traceback.print_exc()
+            return EXIT_INTERNAL
+        print(f"error: {fault}", file=sys.stderr, flush=True)
+        return EXIT_IO
+
+
+def disk_fault(error: BaseException) -> OSError | None:
+    """The disk's refusal (full, over quota, I/O error) that an error is or was caused by, or None."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, OSError) and seen.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+            return seen
+        seen = seen.__cause__ or seen.__context__
+    return None
+
+
+def exit_code_of(error: BaseException) -> int:
+    """The exit code that :func:`run_cli` gives for an error."""
+    if isinstance(error, SyneError):
+        return error.exit_code
+    return EXIT_INTERNAL if disk_fault(error) is None else EXIT_IO

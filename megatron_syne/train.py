@@ -16,12 +16,12 @@ from megatron_syne.config.loader import load_config, save_resolved, to_yaml
 from megatron_syne.config.schema import LaunchConfig, ModelConfig, RunConfig
 from megatron_syne.data.mixture import MixturePlan, plan_mixture
 from megatron_syne.errors import (
-    EXIT_INTERNAL,
     EXIT_OK,
     EXIT_REQUEUE,
     PeerFailed,
     StoppedCleanly,
     SyneError,
+    exit_code_of,
     run_cli,
 )
 from megatron_syne.models.llama import resolve_model
@@ -89,8 +89,7 @@ def run(config: RunConfig, model: ModelConfig, platform: Platform, info: RankInf
             record.write(EXIT_OK if complete else EXIT_REQUEUE, step)
     except Exception as error:
         known = isinstance(error, SyneError)
-        code = error.exit_code if isinstance(error, SyneError) else EXIT_INTERNAL
-        first = record.claim(code, trainer.state.step if trainer else -1, met_alike=known)
+        first = record.claim(exit_code_of(error), trainer.state.step if trainer else -1, met_alike=known)
         if not known and not first:
             raise PeerFailed("another rank failed first") from None
         error.this_rank_only = first  # type: ignore[attr-defined]

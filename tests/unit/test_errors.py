@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import subprocess
 import sys
 from collections.abc import Callable
@@ -48,6 +49,7 @@ def test_every_error_class_is_in_the_contract() -> None:
         for name, value in vars(errors).items()
         if isinstance(value, type) and issubclass(value, SyneError)
     }
+    assert found.pop("PeerFailed") == found["SyneError"] == 70  # the peer's own error has its own code
     assert found == CONTRACT
     assert len(set(CONTRACT.values())) == len(CONTRACT)
     assert not {16, 17} & set(CONTRACT.values())  # taken by the engine's rerun machine
@@ -69,6 +71,17 @@ def test_a_normal_return(returned: int | None, code: int, capsys: pytest.Capture
     assert capsys.readouterr() == ("", "")
 
 
+def test_a_full_disk_is_found_behind_what_others_made_of_it(capsys: pytest.CaptureFixture[str]) -> None:
+    def main() -> int:
+        try:
+            raise OSError(errno.ENOSPC, "No space left on device", "shard")
+        except OSError as error:
+            raise RuntimeError("a writer failed") from error
+
+    assert run_cli(main) == 74
+    assert capsys.readouterr().err == "error: [Errno 28] No space left on device: 'shard'\n"
+
+
 @pytest.mark.parametrize("variable", RANK_VARIABLES)
 def test_only_rank_0_speaks(
     variable: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -79,7 +92,7 @@ def test_only_rank_0_speaks(
     of_this_rank = errors.DataError("only here")
     of_this_rank.this_rank_only = True  # type: ignore[attr-defined]
     assert run_cli(raising(of_this_rank)) == 65
-    assert capsys.readouterr().err == "error: only here\n"
+    assert capsys.readouterr().err == "error on rank 3: only here\n"
     monkeypatch.setenv(variable, "0")
     assert run_cli(raising(errors.ConfigError("said once"))) == 64
     assert capsys.readouterr().err == "error: said once\n"
