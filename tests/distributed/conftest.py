@@ -29,7 +29,7 @@ data:
 optimizer: {{lr: 3.0e-3}}
 schedule: {{lr_decay_style: cosine, lr_warmup_init: 1.0e-3, lr_warmup_iters: 4}}
 precision: {{params_dtype: fp32}}
-train: {{micro_batch_size: 1, global_batch_size: 8}}
+train: {{micro_batch_size: 2, global_batch_size: 8}}
 checkpoint: {{initialize_from: {folder}/seed}}
 monitor: {{tensorboard: false, progress: false}}
 """
