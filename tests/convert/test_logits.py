@@ -34,7 +34,7 @@ from megatron_syne.models.gpt import build_model, load_weights
 from megatron_syne.models.llama import resolve_model
 from megatron_syne.parallel.ranks import rank_info
 from megatron_syne.parallel.setup import (
-    rank_info, start_distributed, start_model_parallel, stop_distributed, stop_model_parallel,
+    start_distributed, start_model_parallel, stop_distributed, stop_model_parallel,
 )
 
 hf, weights, tokens, out = sys.argv[1:]

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from .conftest import make_seed
 from .ranks import run_ranks
 from .test_layouts import PP2, SP, TP2
 
@@ -86,23 +85,3 @@ def test_stories260k_in_every_layout(shared_data: Path, tmp_path: Path) -> None:
         print(f"stories260k {name}: largest logit difference {largest:.2e}")
         assert logits.shape == expected.shape
         assert largest <= 1e-4, name
-
-
-def test_llama31_rope_scaling_reaches_the_model(tmp_path: Path) -> None:
-    """Beyond the scaled wavelengths: a dropped rope_scaling would show."""
-    rope = {
-        "rope_type": "llama3",
-        "factor": 8.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 8192,
-    }
-    scaled = make_seed(tmp_path / "scaled", rope_scaling=rope, max_position_embeddings=131072, vocab_size=256)
-    rows = [[(7 * i * i + 3 * i + r) % 256 for i in range(1024)] for r in range(1)]
-    expected = transformers_logits(scaled, rows)
-    found = megatron_logits(tmp_path, scaled, rows, {1: {"single": []}})["single"]
-    assert (found - expected).abs().max().item() <= 1e-4
-    config = json.loads((scaled / "config.json").read_text())
-    (scaled / "config.json").write_text(json.dumps({**config, "rope_scaling": None}))
-    unscaled = transformers_logits(scaled, rows)
-    assert (unscaled - expected).abs().max().item() > 1e-3, "the test would not see a lost scaling"
