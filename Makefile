@@ -6,6 +6,7 @@
 #
 # PYTHON   Python 3.11 or 3.12 that makes the environment (looked for under its usual names)
 # VENV     where the environment goes
+# JOBS     test files that run at the same time (2); a layout test starts up to 5 processes of its own
 # PYTEST_ARGS, DEMO_ARGS   further arguments, for example: make test PYTEST_ARGS='tests/unit -x'
 #
 # Which index packages come from is pip's own configuration. The default wheel of torch for Linux brings the CUDA
@@ -23,6 +24,7 @@ SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12)
 PYTHON ?= $(or $(shell for p in python3 python3.12 python3.11; do $$p -c '$(SUPPORTED)' 2>/dev/null && { echo $$p; break; }; done),python3)
 VENV ?= .venv
 PYTEST_ARGS ?=
+JOBS ?= 2
 DEMO_ARGS ?=
 
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
@@ -41,7 +43,7 @@ demo: $(READY)
 
 test: export OMP_NUM_THREADS := 1
 test: $(READY) probes check
-	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+	$(VENV)/bin/python -m pytest --numprocesses $(JOBS) --dist loadfile $(PYTEST_ARGS)
 
 check: $(READY)
 	$(VENV)/bin/python -m ruff check .

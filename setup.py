@@ -55,6 +55,7 @@ EXTRAS = {
         "hypothesis>=6.100",
         "mypy>=2.4",
         "pytest>=8",
+        "pytest-xdist>=3.6",
         "ruff>=0.17",
         "types-PyYAML",
     ],

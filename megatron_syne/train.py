@@ -62,7 +62,29 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     info = rank_info()
     check(config, model, info.world_size, platform)
-    return run(config, model, select(config.platform), info)
+    chosen = select(config.platform)
+    open_inputs(config, model)
+    return run(config, model, chosen, info)
+
+
+def open_inputs(config: RunConfig, model: ModelConfig) -> None:
+    """Open what the run will read, so that a bad input is told before anything is written or started."""
+    from megatron_syne.checkpoint.folder import checkpoint_folders, is_checkpoint, read_manifest
+    from megatron_syne.convert.source import open_source
+    from megatron_syne.data.build import training_dataset, validation_datasets
+
+    vocab_size = model.vocab_size or 0
+    training_dataset(config, plan_mixture(config), vocab_size)
+    validation_datasets(config.data, vocab_size)
+    start = config.checkpoint.initialize_from
+    if start is None or checkpoint_folders(Path(config.run_dir) / "checkpoints"):
+        return
+    if is_checkpoint(Path(start)):
+        read_manifest(Path(start))
+    else:
+        source = open_source(start)
+        source.check_model(model)
+        source.close()
 
 
 def run(config: RunConfig, model: ModelConfig, platform: Platform, info: RankInfo) -> int:

@@ -124,15 +124,19 @@ def read_run(path: Path) -> dict[str, Any]:
     return values
 
 
+def checkpoint_folders(root: Path) -> list[Path]:
+    """Folders with a checkpoint's name below ``root``, oldest first, whole or damaged."""
+    return sorted((p for p in root.glob("iter_*") if step_of(p) >= 0), key=step_of)
+
+
 def newest(root: Path) -> Path | None:
     """Newest whole checkpoint below ``root``, or None where there is none at all.
 
     A damaged one is passed over with a warning that names it; if all are damaged, DataError: a run never
     starts again from step 0 in silence.
     """
-    candidates = sorted((p for p in root.glob("iter_*") if step_of(p) >= 0), key=step_of, reverse=True)
     damaged = []
-    for folder in candidates:
+    for folder in reversed(checkpoint_folders(root)):
         try:
             read_manifest(folder)
         except DataError as error:
@@ -152,7 +156,7 @@ def clean(root: Path, keep_latest: int) -> None:
     """Remove leftovers of interrupted saves, and all but the newest ``keep_latest`` checkpoints (0 = all)."""
     for leftover in root.glob("iter_*.tmp"):
         shutil.rmtree(leftover, ignore_errors=True)
-    whole = sorted((p for p in root.glob("iter_*") if step_of(p) >= 0), key=step_of)
+    whole = checkpoint_folders(root)
     for folder in whole[:-keep_latest] if keep_latest else []:
         shutil.rmtree(folder, ignore_errors=True)
 

@@ -10,6 +10,7 @@ import tempfile
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+_LOGS = tempfile.TemporaryDirectory(prefix="ranks")  # removed when the tests end
 
 
 def free_port() -> int:
@@ -24,7 +25,7 @@ def start_ranks(
 ) -> list[subprocess.Popen]:
     """Start the ranks; each one's output goes to a file named in its ``.log`` attribute."""
     port = str(free_port())
-    folder = Path(tempfile.mkdtemp(prefix="ranks"))
+    folder = Path(tempfile.mkdtemp(dir=_LOGS.name))
     processes = []
     for rank in range(world_size):
         variables = {

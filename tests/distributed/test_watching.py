@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -98,6 +99,20 @@ def test_only_rank_0_shows_progress(bench: Bench, tmp_path: Path) -> None:
     assert logs_of(ranks[1]) == ""
 
 
+def test_truncated_weights_are_told_before_anything_is_written(bench: Bench, tmp_path: Path) -> None:
+    broken = shutil.copytree(bench.folder / "seed", tmp_path / "broken")
+    weights = broken / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    ranks = start_ranks(
+        2,
+        ["-m", "megatron_syne.train", "--config", str(bench.config), f"run_dir={tmp_path / 'run'}",
+         f"checkpoint.initialize_from={broken}"],
+    )  # fmt: skip
+    assert wait_ranks(ranks) == [65, 65]
+    assert "model.safetensors: truncated" in logs_of(ranks[0]) and logs_of(ranks[1]) == ""
+    assert not (tmp_path / "run").exists()
+
+
 def test_vocabulary_larger_than_the_embedding_is_refused(bench: Bench, tmp_path: Path) -> None:
     from .conftest import make_seed
 
@@ -111,4 +126,4 @@ def test_vocabulary_larger_than_the_embedding_is_refused(bench: Bench, tmp_path:
     text = logs_of(ranks[0]) + logs_of(ranks[1])
     assert "2560" in text and "2048" in text and "Traceback" not in text
     assert text.count("error") == 1
-    assert not (tmp_path / "run" / "checkpoints").exists()
+    assert not (tmp_path / "run").exists()
