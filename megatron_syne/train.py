@@ -30,6 +30,7 @@ from megatron_syne.parallel.topology import coordinates, data_parallel_size, wor
 from megatron_syne.platform.base import Platform, resolve_name, select
 from megatron_syne.preflight.report import dry_run_report
 from megatron_syne.preflight.rules import check
+from megatron_syne.resilience.signals import StopOnSignal
 
 if TYPE_CHECKING:
     from megatron_syne.training.callback import Callback
@@ -62,9 +63,10 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     info = rank_info()
     check(config, model, info.world_size, platform)
+    stop = StopOnSignal(config.resilience.exit_signals)  # early: a signal while starting must not be lost
     chosen = select(config.platform)
     open_inputs(config, model)
-    return run(config, model, chosen, info)
+    return run(config, model, chosen, info, stop)
 
 
 def open_inputs(config: RunConfig, model: ModelConfig) -> None:
@@ -87,14 +89,12 @@ def open_inputs(config: RunConfig, model: ModelConfig) -> None:
         source.close()
 
 
-def run(config: RunConfig, model: ModelConfig, platform: Platform, info: RankInfo) -> int:
+def run(config: RunConfig, model: ModelConfig, platform: Platform, info: RankInfo, stop: StopOnSignal) -> int:
     """A whole run on this rank. Rank 0 holds the run folder's lock; ``last_exit.json`` tells how it ended."""
     from megatron_syne.parallel.setup import stop_distributed
     from megatron_syne.resilience.exit_record import ExitRecord
     from megatron_syne.resilience.run_lock import RunLock
-    from megatron_syne.resilience.signals import StopOnSignal
 
-    stop = StopOnSignal(config.resilience.exit_signals)  # first: a signal while starting must not be lost
     run_dir = Path(config.run_dir)
     lock, record = RunLock(run_dir), ExitRecord(run_dir, info.rank)
     if info.rank == 0:

@@ -6,6 +6,7 @@ import datetime
 import os
 import socket
 
+import torch
 import torch.distributed as dist
 
 from megatron_syne.config.schema import ParallelConfig
@@ -65,6 +66,9 @@ def start_model_parallel(parallel: ParallelConfig, seed: int) -> None:
         # gloo is the backend itself, or not wanted beside nccl: the optimizer is told so too
         create_gloo_process_groups=False,
     )
+    # Stages must differ, or their layers would start with the same weights; replicas must not (megatron's rule).
+    seed += 100 * parallel_state.get_pipeline_model_parallel_rank()
+    torch.manual_seed(seed)
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
 
 

@@ -40,6 +40,8 @@ class Trainer:
     stop_requested: float = 0.0
     """Set non-zero by a callback of *any* rank: all ranks stop together after the current step."""
     stop_reason: str | None = None
+    signalled: bool = False
+    """A scheduler is waiting: nothing but saving is done any more."""
 
     def fit(self) -> None:
         """Train until ``train_iters``, or until a callback of some rank asks to stop."""
@@ -77,8 +79,8 @@ class Trainer:
         self.state.step += 1
         self.state.consumed_samples += self.config.train.global_batch_size
         self.state.consumed_tokens += int(tokens)
-        if stop and self.stop_reason is None:
-            self.stop_reason = "a signal asked to stop"
+        if stop:
+            self.signalled, self.stop_reason = True, "a signal asked to stop"
         seconds = time.perf_counter() - started
         return {
             "loss": loss,
@@ -118,9 +120,9 @@ class Trainer:
         return result
 
     def evaluation_is_due(self) -> bool:
-        """Every ``eval_interval`` steps, and at the end of training."""
+        """Every ``eval_interval`` steps and at the end of training, but not with a scheduler waiting."""
         interval = self.config.train.eval_interval
-        if interval is None or not self.validation_data:
+        if interval is None or not self.validation_data or self.signalled:
             return False
         return self.state.step % interval == 0 or self.state.step == self.train_iters
 
