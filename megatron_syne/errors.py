@@ -94,9 +94,11 @@ def run_cli(main: Callable[[], int | None]) -> int:
             who = f" on rank {rank}" if rank != "0" else ""
             print(f"{word}{who}: {error}", file=sys.stderr, flush=True)
         return error.exit_code
+    except SystemExit:
+        raise
     except KeyboardInterrupt:
         return 130
-    except Exception as error:
+    except BaseException as error:  # torch's CheckpointException is no Exception
         fault = disk_fault(error)
         if fault is None:
             traceback.print_exc()

@@ -109,7 +109,9 @@ def run(config: RunConfig, model: ModelConfig, platform: Platform, info: RankInf
         step, complete = trainer.state.step, trainer.state.step >= trainer.train_iters
         if info.rank == 0:
             record.write(EXIT_OK if complete else EXIT_REQUEUE, step)
-    except Exception as error:
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # torch's CheckpointException is no Exception
         known = isinstance(error, SyneError)
         first = record.claim(exit_code_of(error), trainer.state.step if trainer else -1, met_alike=known)
         if not known and not first:

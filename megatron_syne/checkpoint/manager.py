@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from torch.distributed.checkpoint import CheckpointException
 
 from megatron_syne.checkpoint import folder as folders
 from megatron_syne.config.schema import ModelConfig
-from megatron_syne.errors import ConfigError, IOFault
+from megatron_syne.errors import ConfigError, DataError, IOFault
 from megatron_syne.models.gpt import unwrap
 from megatron_syne.training.state import TrainState
 
@@ -42,9 +43,19 @@ class CheckpointManager:
         from megatron.core import dist_checkpointing
 
         sharded = sharded_state(chunks, optimizer, is_loading=False)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            dist_checkpointing.save(sharded, str(temporary))
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                dist_checkpointing.save(sharded, str(temporary))
+        except (CheckpointException, OSError) as error:
+            # All ranks come here together: the engine has them agree on failures before it raises.
+            # torch's writer may hide "no space left" behind an error of its own, so the space is told too.
+            fault = self._cannot_write(
+                f"{_cause(error)} ({shutil.disk_usage(self.root).free:,} bytes free there)"
+            )
+            if dist.get_rank() == 0:
+                shutil.rmtree(temporary, ignore_errors=True)  # its bytes may be what the disk lacks
+            raise fault from None
         dist.barrier()
         self._on_rank_0(lambda: self._finish(temporary, final, state, run))
         return final
@@ -77,9 +88,13 @@ class CheckpointManager:
                 failure[0] = f"{error.strerror or error}: {error.filename or self.root}"
         dist.broadcast_object_list(failure, src=0)
         if failure[0]:
-            raise IOFault(
-                f"cannot write a checkpoint: {failure[0]}; the earlier ones are kept. Free space or change run_dir"
-            )
+            raise self._cannot_write(failure[0])
+
+    def _cannot_write(self, cause: str) -> IOFault:
+        return IOFault(
+            f"{self.root}: cannot write a checkpoint: {cause}; the earlier ones are kept. Free space, or check the "
+            "disk, and start the same command again"
+        )
 
 
 def sharded_state(chunks: list[Any], optimizer: Any | None, is_loading: bool) -> dict[str, Any]:
@@ -105,6 +120,13 @@ def sharded_state(chunks: list[Any], optimizer: Any | None, is_loading: bool) ->
     return state
 
 
+def _cause(error: BaseException) -> str:
+    """The last line of what torch gathered from all ranks: the error itself, below its tracebacks."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    errors = [line for line in lines if "Error" in line or "Errno" in line]
+    return (errors or lines or [type(error).__name__])[-1] if not isinstance(error, OSError) else str(error)
+
+
 def load(path: Path, chunks: list[Any], optimizer: Any | None) -> TrainState:
     """Load weights and, where ``optimizer`` is given, its state and the run's counters; any layout.
 
@@ -115,9 +137,14 @@ def load(path: Path, chunks: list[Any], optimizer: Any | None) -> TrainState:
     folders.read_manifest(path)
     folders.read_metadata(path)
     sharded = sharded_state(chunks, optimizer, is_loading=True)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        loaded = dist_checkpointing.load(sharded, str(path))
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            loaded = dist_checkpointing.load(sharded, str(path))
+    except CheckpointException as error:
+        raise DataError(
+            f"{path}: damaged, it cannot be loaded: {_cause(error)}. Move it away to go on from the one before"
+        ) from None
     for index, chunk in enumerate(chunks):
         unwrap(chunk).load_state_dict(loaded["model" if len(chunks) == 1 else f"model{index}"], strict=True)
     if optimizer is None:

@@ -40,13 +40,15 @@ class ExitRecord:
         if met_alike and self.rank != 0:
             time.sleep(HEAD_START_SECONDS)
         temporary = self.path.with_name(f".{self.path.name}.{self.rank}.{os.getpid()}")
-        temporary.write_text(self._text(exit_code, iteration))
         try:
+            temporary.write_text(self._text(exit_code, iteration))
             os.link(temporary, self.path)  # unlike rename, fails where the name is taken
         except FileExistsError:
             return False
+        except OSError:  # a full disk cannot take the record either: then rank 0 speaks
+            return self.rank == 0
         finally:
-            temporary.unlink()
+            temporary.unlink(missing_ok=True)
         return True
 
     def _text(self, exit_code: int, iteration: int) -> str:

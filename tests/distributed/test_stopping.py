@@ -7,6 +7,7 @@ import os
 import pickle
 import shutil
 import signal
+import subprocess
 import time
 from pathlib import Path
 
@@ -90,6 +91,34 @@ def test_a_second_run_in_the_same_folder_is_refused(bench: Bench, tmp_path: Path
     assert wait_ranks(first) == [0]
 
 
+def test_a_full_disk_keeps_the_earlier_checkpoint(
+    bench: Bench, tmp_path: Path, undisturbed: list[str]
+) -> None:
+    """A real small disk: the first checkpoint fits, the second does not."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=12m", "tmpfs", str(disk)], capture_output=True
+    )
+    if mounted.returncode:
+        pytest.skip("needs the right to mount a small tmpfs")
+    try:
+        run = disk / "run"
+        ranks = start_ranks(2, command(bench, run, "checkpoint.save_interval=4"))
+        assert wait_ranks(ranks) == [74, 74], [logs_of(r)[-2000:] for r in ranks]
+        text = logs_of(ranks[0]) + logs_of(ranks[1])
+        assert "cannot write a checkpoint" in text and " bytes free there)" in text
+        assert "Traceback" not in text
+        assert sum(line.startswith("error") for line in text.splitlines()) == 1
+        assert [p.name for p in (run / "checkpoints").iterdir()] == ["iter_0000004"]
+        assert json.loads((run / "last_exit.json").read_text())["exit_code"] == 74
+        moved = shutil.copytree(run, tmp_path / "run")
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+    run_ranks(2, command(bench, moved))
+    assert [row["loss_hex"] for row in metrics(moved)] == undisturbed
+
+
 class TestDamage:
     """What lies in the run folder is not what was saved."""
 
@@ -111,6 +140,16 @@ class TestDamage:
         assert wait_ranks(ranks) == [75]
         assert file.name in logs_of(ranks[0]) and "damaged" in logs_of(ranks[0])
         assert [row["step"] for row in metrics(run)] == [1, 2, 3, 4, 5, 6]
+
+    def test_bytes_that_changed_in_place_are_told(self, bench: Bench, saved: Path, tmp_path: Path) -> None:
+        """Same size, other bytes, where the storage format notices them."""
+        run = tmp_path / "run"
+        shutil.copytree(saved, run)
+        for file in (run / "checkpoints" / "iter_0000008").glob("*.distcp"):
+            file.write_bytes(b"\0" * file.stat().st_size)
+        ranks = start_ranks(1, command(bench, run))
+        assert wait_ranks(ranks) == [65], logs_of(ranks[0])[-2000:]
+        assert "iter_0000008: damaged" in logs_of(ranks[0]) and "Traceback" not in logs_of(ranks[0])
 
     def test_a_run_never_starts_again_in_silence(self, bench: Bench, saved: Path, tmp_path: Path) -> None:
         run = tmp_path / "run"
