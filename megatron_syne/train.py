@@ -32,6 +32,9 @@ from megatron_syne.preflight.report import dry_run_report
 from megatron_syne.preflight.rules import check
 from megatron_syne.resilience.signals import StopOnSignal
 
+LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
+"""What gloo says in the survivors of a rank that died; their tracebacks tell nothing about the cause."""
+
 if TYPE_CHECKING:
     from megatron_syne.training.callback import Callback
     from megatron_syne.training.trainer import Trainer
@@ -116,8 +119,12 @@ def run(config: RunConfig, model: ModelConfig, platform: Platform, info: RankInf
         first = record.claim(exit_code_of(error), trainer.state.step if trainer else -1, met_alike=known)
         if not known and not first:
             raise PeerFailed("another rank failed first") from None
+        if any(words in str(error) for words in LOST_PEER):
+            error = PeerFailed(
+                f"another rank is gone, killed or lost with its node ({str(error).splitlines()[0]})"
+            )
         error.this_rank_only = first  # type: ignore[attr-defined]
-        raise
+        raise error
     finally:
         if trainer is not None:
             trainer.train_data.close()

@@ -8,7 +8,11 @@ from typing import Any
 
 @dataclass
 class TrainState:
-    """Counters of the run; the data order and the learning rate are functions of ``consumed_samples``."""
+    """Counters of the run; the data order and the learning rate are functions of ``consumed_samples``.
+
+    Nothing random is drawn after initialisation (the Llama family has no dropout), so there is no random
+    state to keep.
+    """
 
     step: int = 0
     """Optimizer steps done (megatron-core: iteration)."""

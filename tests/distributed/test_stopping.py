@@ -77,6 +77,16 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(
     assert not list((run / "checkpoints").glob("*.tmp"))
 
 
+def test_the_survivor_of_a_killed_rank_says_so(bench: Bench, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    ranks = start_ranks(2, command(bench, run))
+    wait_for_step(run, 2)
+    ranks[1].kill()
+    assert wait_ranks(ranks) == [70, -signal.SIGKILL]
+    assert "another rank is gone" in logs_of(ranks[0]) and "Traceback" not in logs_of(ranks[0])
+    assert json.loads((run / "last_exit.json").read_text())["exit_code"] == 70
+
+
 def test_a_second_run_in_the_same_folder_is_refused(bench: Bench, tmp_path: Path) -> None:
     run = tmp_path / "run"
     first = start_ranks(1, command(bench, run))
