@@ -76,11 +76,9 @@ def gone(pid: int) -> bool:
     ],
 )
 def test_exit_code_is_the_trainers(body: str, expected: int) -> None:
-    started = time.monotonic()
     process = start(body)
-    _, errors = process.communicate(timeout=30)
+    _, errors = process.communicate(timeout=30)  # less than the hanging peer sleeps
     assert process.returncode == expected, errors
-    assert time.monotonic() - started < 20
 
 
 def test_ranks_get_their_place() -> None:

