@@ -10,6 +10,7 @@ second kills them. No rank outlives this process, however it ends. Linux only.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -106,6 +107,11 @@ def run_ranks(command: Sequence[str], world_size: int, grace_seconds: float = GR
         if time.monotonic() > deadline:
             _send(ranks, signal.SIGKILL)
         time.sleep(0.05)
+    for (
+        rank
+    ) in ranks:  # a killed rank leaves its helpers behind (saving starts some): they are of its session
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(rank.pid, signal.SIGKILL)
     # A rank that merely lost its peer says 70: the peer's reason counts, even where it was slower to leave.
     reasons = [code for code in failures.values() if code != EXIT_INTERNAL] or list(failures.values())
     return reasons[0] if reasons else max(_exit_code(process) for process in ranks)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -47,6 +49,7 @@ def start_ranks(
                 stdout=stream,
                 stderr=subprocess.STDOUT,
                 cwd=REPOSITORY,
+                start_new_session=True,
             )
         process.log = log  # type: ignore[attr-defined]
         processes.append(process)
@@ -67,7 +70,11 @@ def wait_ranks(processes: list[subprocess.Popen], timeout: float = 300.0) -> lis
                     p.kill()
             break
         time.sleep(0.05)
-    return [p.wait() for p in processes]
+    codes = [p.wait() for p in processes]
+    for p in processes:  # what a killed rank started for saving is of its session
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(p.pid, signal.SIGKILL)
+    return codes
 
 
 def run_ranks(

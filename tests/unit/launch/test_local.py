@@ -133,6 +133,22 @@ def test_no_rank_outlives_a_killed_launcher() -> None:
     process.communicate()
 
 
+def test_no_helper_outlives_a_killed_rank() -> None:
+    process = start(
+        "import subprocess\n"
+        "helper = subprocess.Popen(['sleep', '60'], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)\n"
+        "say('ready', helper.pid)\n"
+        "os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    helpers = wait_ready(process, 2)
+    assert process.wait(timeout=30) == 137
+    deadline = time.monotonic() + 10
+    while not all(gone(pid) for pid in helpers) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert all(gone(pid) for pid in helpers)
+    process.communicate()
+
+
 def local_sh(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [str(REPOSITORY / "launch" / "local.sh"), *arguments]
     env = {**os.environ, "PYTHON": sys.executable}
