@@ -167,6 +167,7 @@ def build_trainer(config: RunConfig, model: ModelConfig, platform: Platform, inf
         initialize(config, model, chunks)
     ddp_chunks = wrap_ddp(chunks, config)
     optimizer = build_optimizer(ddp_chunks, config)
+    connect(ddp_chunks, optimizer, config)
     trainer = Trainer(
         config=config,
         model_config=model,
@@ -174,7 +175,6 @@ def build_trainer(config: RunConfig, model: ModelConfig, platform: Platform, inf
         chunks=ddp_chunks,
         optimizer=optimizer,
         scheduler=build_scheduler(optimizer, config, plan.train_iters),
-        engine=connect(ddp_chunks, optimizer, config),
         train_data=train_data,
         validation_data=validation_data,
         train_iters=plan.train_iters,

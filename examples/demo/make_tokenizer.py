@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from make_texts import write
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 HERE = Path(__file__).resolve().parent
@@ -117,16 +117,6 @@ def settings(tokenizer: Tokenizer) -> dict[str, dict[str, object]]:
     }
 
 
-def write(path: Path, text: str) -> None:
-    """Writes a file whole or not at all."""
-    part = path.with_name(path.name + ".part")
-    with part.open("w", encoding="utf-8", newline="\n") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
-
-
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(
@@ -139,9 +129,9 @@ def main() -> None:
     if tokenizer.get_vocab_size() != VOCAB_SIZE:
         raise SystemExit(f"expected {VOCAB_SIZE} tokens, the texts gave {tokenizer.get_vocab_size()}")
     options.out.mkdir(parents=True, exist_ok=True)
-    write(options.out / "tokenizer.json", tokenizer.to_str(pretty=True) + "\n")
+    write(options.out / "tokenizer.json", [tokenizer.to_str(pretty=True), "\n"])
     for name, content in settings(tokenizer).items():
-        write(options.out / name, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+        write(options.out / name, [json.dumps(content, indent=2, ensure_ascii=False), "\n"])
     print(f"{options.out}: {tokenizer.get_vocab_size()} tokens")
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import shutil
 import warnings
 from dataclasses import asdict
@@ -18,8 +17,6 @@ from megatron_syne.config.schema import ModelConfig
 from megatron_syne.errors import ConfigError, DataError, IOFault
 from megatron_syne.models.gpt import unwrap
 from megatron_syne.training.state import TrainState
-
-logger = logging.getLogger(__name__)
 
 
 class CheckpointManager:
@@ -97,6 +94,11 @@ class CheckpointManager:
         )
 
 
+def _chunk_key(chunks: list[Any], index: int) -> str:
+    """Name of a model chunk in the state dict, as Megatron-LM has it."""
+    return "model" if len(chunks) == 1 else f"model{index}"
+
+
 def sharded_state(chunks: list[Any], optimizer: Any | None, is_loading: bool) -> dict[str, Any]:
     """megatron-core's sharded state dict of model and, where given, optimizer.
 
@@ -110,9 +112,7 @@ def sharded_state(chunks: list[Any], optimizer: Any | None, is_loading: bool) ->
         "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
     }
     state: dict[str, Any] = {
-        ("model" if len(chunks) == 1 else f"model{index}"): unwrap(chunk).sharded_state_dict(
-            metadata=metadata
-        )
+        _chunk_key(chunks, index): unwrap(chunk).sharded_state_dict(metadata=metadata)
         for index, chunk in enumerate(chunks)
     }
     if optimizer is not None:
@@ -146,7 +146,7 @@ def load(path: Path, chunks: list[Any], optimizer: Any | None) -> TrainState:
             f"{path}: damaged, it cannot be loaded: {_cause(error)}. Move it away to go on from the one before"
         ) from None
     for index, chunk in enumerate(chunks):
-        unwrap(chunk).load_state_dict(loaded["model" if len(chunks) == 1 else f"model{index}"], strict=True)
+        unwrap(chunk).load_state_dict(loaded[_chunk_key(chunks, index)], strict=True)
     if optimizer is None:
         return TrainState()
     optimizer.load_state_dict(loaded["optimizer"])

@@ -91,8 +91,8 @@ def set_learning_rate(scheduler: Any, consumed_samples: int) -> None:
     scheduler.step(increment=0)
 
 
-def connect(chunks: list[Any], optimizer: Any, config: RunConfig) -> Any:
-    """Hand the engine the hooks its schedules call; returns the engine's configuration."""
+def connect(chunks: list[Any], optimizer: Any, config: RunConfig) -> None:
+    """Hand the engine the hooks that its schedules call, through its own configuration."""
     from megatron.core.distributed import finalize_model_grads
 
     engine = unwrap(chunks[0]).config
@@ -107,4 +107,3 @@ def connect(chunks: list[Any], optimizer: Any, config: RunConfig) -> Any:
     if config.parallel.overlap_param_gather:
         gather = [chunk.start_param_sync for chunk in chunks]
         engine.param_sync_func = gather[0] if one else gather
-    return engine

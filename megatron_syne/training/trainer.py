@@ -28,8 +28,6 @@ class Trainer:
     """This rank's model chunks, wrapped in DDP."""
     optimizer: Any
     scheduler: Any
-    engine: Any
-    """megatron-core's TransformerConfig."""
     train_data: Any
     """``global_batch(consumed_samples) -> list of micro-batches`` of this rank."""
     validation_data: dict[str, Any]
