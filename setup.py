@@ -29,6 +29,7 @@ def read_description() -> str:
 
 REQUIRES = [
     "megatron-core==0.16.1",  # exact: platform/cpu.py bridges this version's internals
+    "blake3>=1",
     "numpy>=1.26",
     "packaging>=24",
     "psutil>=6",

@@ -37,7 +37,7 @@ from megatron_syne import __version__  # noqa: E402
 from megatron_syne.config.loader import load_config, save_resolved  # noqa: E402
 from megatron_syne.config.schema import RunConfig  # noqa: E402
 from megatron_syne.errors import CannotCreate, ConfigError, IOFault, MissingInput, run_cli  # noqa: E402
-from megatron_syne.models.llama import resolve_model  # noqa: E402
+from megatron_syne.models.config import resolve_model  # noqa: E402
 from megatron_syne.preflight.rules import check  # noqa: E402
 
 # -- submission ----------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from megatron_syne.errors import (
     exit_code_of,
     run_cli,
 )
-from megatron_syne.models.llama import resolve_model
+from megatron_syne.models.config import resolve_model
 from megatron_syne.parallel.ranks import RankInfo, rank_info
 from megatron_syne.parallel.topology import coordinates, data_parallel_size, world_size_of
 from megatron_syne.platform.base import Platform, resolve_name, select

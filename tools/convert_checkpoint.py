@@ -27,7 +27,7 @@ from megatron_syne.convert.export import DEFAULT_SHARD_SIZE, DTYPES, export_hf, 
 from megatron_syne.convert.importing import import_to_shards
 from megatron_syne.convert.source import WeightSource, open_source
 from megatron_syne.errors import EXIT_CONFIG, run_cli
-from megatron_syne.models.llama import padded_vocab_size
+from megatron_syne.models.config import padded_vocab_size
 
 
 class _Parser(argparse.ArgumentParser):

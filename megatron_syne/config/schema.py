@@ -23,7 +23,7 @@ class ModelConfig:
     hf_path: str | None = path()
     """Folder with a Hugging Face ``config.json`` from which every field below is read."""
     preset: str | None = None
-    """Name of a shape in ``models/llama.py`` (``llama3_8b``, ``llama3_70b``, ...)."""
+    """Name of a shape in ``models/families`` (``llama3_8b``, ``llama3_70b``, ...)."""
     model_type: str | None = None
     """Family: the ``model_type`` of the Hugging Face configuration (``llama``)."""
     num_layers: int | None = None

@@ -9,7 +9,7 @@ from megatron_syne.convert.files import exists_inside, new_folder, read_json_ins
 from megatron_syne.convert.hf_io import copy_artifacts
 from megatron_syne.convert.shards_io import HF_FOLDER
 from megatron_syne.convert.shards_io import MANIFEST as SHARDS_MANIFEST
-from megatron_syne.models.llama import hf_config_from_model
+from megatron_syne.models.hf_config import hf_config_from_model
 
 _TORCH_NAMES = {"bf16": "bfloat16", "fp32": "float32"}
 

@@ -27,7 +27,7 @@ from megatron_syne.convert.safetensors_io import TensorSpec
 from megatron_syne.convert.source import WeightSource
 from megatron_syne.convert.table import entries
 from megatron_syne.errors import ConfigError, DataError
-from megatron_syne.models.llama import hf_config_from_model
+from megatron_syne.models.hf_config import hf_config_from_model
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 DEFAULT_SHARD_SIZE = "5GB"

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_syne.errors import CannotCreate, DataError, IOFault, MissingInput, SecurityRefusal
-from megatron_syne.models.llama import JSON_LIMIT_BYTES, parse_json
+from megatron_syne.models.json_file import JSON_LIMIT_BYTES, parse_json
 
 BLOCK_BYTES = 8 * 2**20
 

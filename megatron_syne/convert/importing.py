@@ -32,7 +32,7 @@ from megatron_syne.convert.shards_io import (
 from megatron_syne.convert.source import WeightSource, open_source
 from megatron_syne.convert.table import hf_tensors
 from megatron_syne.errors import ConfigError
-from megatron_syne.models.llama import config_dtype
+from megatron_syne.models.hf_config import config_dtype
 
 
 def import_to_shards(

@@ -17,7 +17,7 @@ from enum import Enum
 
 from megatron_syne.config.schema import ModelConfig
 from megatron_syne.errors import ConfigError
-from megatron_syne.models.llama import padded_vocab_size
+from megatron_syne.models.config import padded_vocab_size
 
 Span = tuple[int, int]
 """Half-open range ``[start, stop)``."""
@@ -49,6 +49,9 @@ class Entry:
     """Name under megatron-core's local layer spec."""
     te: str | None = None
     """Name under the Transformer Engine spec, where it is another one."""
+    shift: float = 0.0
+    """Megatron's value less Hugging Face's: -1 for the weight of a zero-centred norm. Such a parameter is
+    kept in fp32 on Megatron's side, where 1 can be taken from a bf16 number without loss."""
 
 
 @dataclass(frozen=True)
@@ -94,23 +97,32 @@ def matrix(shape: tuple[int, ...]) -> tuple[int, int]:
 
 
 def check_tensor_parallel(model: ModelConfig, tp_size: int) -> None:
-    """Raises ConfigError where TP does not divide the heads, the key/value heads and the FFN width."""
+    """Raises ConfigError where TP does not suit the heads, the key/value heads and the FFN width.
+
+    More ranks than key/value heads are possible where each head's group is cut evenly: megatron-core then
+    stores plain slices of the fused rows and gathers them for the product (``attention.py``).
+    """
+    possible = [size for size in range(1, tp_size + 1) if not _misfits(model, size)]
+    problems = _misfits(model, tp_size)
+    if problems:
+        raise ConfigError(
+            f"parallel.tensor_model_parallel_size: {tp_size} {'; '.join(problems)}; "
+            f"possible up to there: {', '.join(map(str, possible))}"
+        )
+
+
+def _misfits(model: ModelConfig, tp_size: int) -> list[str]:
     size = letters(model)
-    common = math.gcd(size["n"], size["g"], size["f"])
-    allowed = [x for x in range(1, common + 1) if common % x == 0]
-    for letter, name in (
-        ("n", "num_attention_heads"),
-        ("g", "num_query_groups"),
-        ("f", "ffn_hidden_size"),
-    ):
-        if size[letter] % tp_size:
-            reason = ""
-            if letter == "g" and tp_size > size["g"]:
-                reason = " (ranks would have to share one key/value head, which this layout cannot store)"
-            raise ConfigError(
-                f"parallel.tensor_model_parallel_size: {tp_size} does not divide {name} "
-                f"{size[letter]}{reason}; possible for this model: {', '.join(map(str, allowed))}"
-            )
+    problems = [
+        f"does not divide {name} {size[letter]}"
+        for letter, name in (("n", "num_attention_heads"), ("f", "ffn_hidden_size"))
+        if size[letter] % tp_size
+    ]
+    if size["g"] % tp_size and tp_size % size["g"]:
+        problems.append(f"neither divides num_query_groups {size['g']} nor is a multiple of it")
+    if tp_size > size["g"] and (size["n*d"] + 2 * size["g*d"]) % tp_size:
+        problems.append(f"does not divide the {size['n*d'] + 2 * size['g*d']} rows of query, key and value")
+    return problems
 
 
 def local_shape(entry: Entry, model: ModelConfig, tp_size: int) -> tuple[int, ...]:
@@ -154,15 +166,22 @@ def pieces(entry: Entry, model: ModelConfig, tp_rank: int, tp_size: int) -> list
 
 
 def _fused_qkv(names: list[str], model: ModelConfig, tp_rank: int, tp_size: int, cols: Span) -> list[Piece]:
-    """Attention's rows, group by group; see ``merge_qkv_weights`` in Megatron-Bridge for the same order."""
+    """Attention's rows, group by group (``merge_qkv_weights`` in Megatron-Bridge has the same order), and of
+    them this rank's even share: whole groups, or with more ranks than groups a part of one."""
     size = letters(model)
-    per_rank = size["g"] // tp_size
+    each = (size["n*d"] + 2 * size["g*d"]) // tp_size
+    first, last = tp_rank * each, (tp_rank + 1) * each
     heads = (size["n"] // size["g"], 1, 1)  # query, key, value heads of one group
-    found, at = [], 0
-    for group in range(tp_rank * per_rank, (tp_rank + 1) * per_rank):
+    per_group = sum(heads) * size["d"]
+    found = []
+    for group in range(first // per_group, -(-last // per_group)):
+        at = group * per_group
         for name, count in zip(names, heads, strict=True):
             high = count * size["d"]
-            found.append(Piece(name, (group * high, (group + 1) * high), cols, (at, 0)))
+            start, stop = max(at, first), min(at + high, last)
+            if start < stop:
+                down = group * high - at
+                found.append(Piece(name, (start + down, stop + down), cols, (start - first, 0)))
             at += high
     return found
 

@@ -22,7 +22,7 @@ import torch
 from megatron_syne.convert.files import BLOCK_BYTES, open_inside, read_exactly
 from megatron_syne.convert.pieces import Span, matrix
 from megatron_syne.errors import DataError
-from megatron_syne.models.llama import parse_json
+from megatron_syne.models.json_file import parse_json
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}

@@ -21,7 +21,8 @@ from megatron_syne.convert.safetensors_io import DTYPES, TensorFile
 from megatron_syne.convert.store import Store, Stored
 from megatron_syne.convert.table import stage_entries
 from megatron_syne.errors import ConfigError, DataError
-from megatron_syne.models.llama import model_config_from_hf, model_differences, padded_vocab_size
+from megatron_syne.models.config import model_differences, padded_vocab_size
+from megatron_syne.models.hf_config import model_config_from_hf
 from megatron_syne.parallel.topology import chunk_layers
 
 FORMAT = "megatron_syne.shards"

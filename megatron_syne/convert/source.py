@@ -23,7 +23,8 @@ from megatron_syne.convert.shards_io import HF_FOLDER, MANIFEST, Layout, open_sh
 from megatron_syne.convert.store import Store
 from megatron_syne.convert.table import find, hf_tensors
 from megatron_syne.errors import ConfigError, DataError, MissingInput
-from megatron_syne.models.llama import model_config_from_hf, model_differences
+from megatron_syne.models.config import model_differences
+from megatron_syne.models.hf_config import model_config_from_hf
 
 
 @dataclass

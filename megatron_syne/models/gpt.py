@@ -10,7 +10,7 @@ from torch import nn
 
 from megatron_syne.config.arithmetic import resolved_deallocate_pipeline_outputs, resolved_overlap_p2p_comm
 from megatron_syne.config.schema import ModelConfig, RunConfig
-from megatron_syne.models.llama import padded_vocab_size
+from megatron_syne.models.config import padded_vocab_size
 from megatron_syne.platform.base import Platform
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}

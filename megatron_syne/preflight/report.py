@@ -16,7 +16,8 @@ from megatron_syne.config.loader import to_yaml
 from megatron_syne.config.schema import ModelConfig, ParallelConfig, RunConfig
 from megatron_syne.data.mixture import MixturePlan, plan_mixture, plan_table
 from megatron_syne.errors import SyneError
-from megatron_syne.models.llama import padded_vocab_size, read_json
+from megatron_syne.models.config import padded_vocab_size
+from megatron_syne.models.json_file import read_json
 from megatron_syne.parallel.topology import coordinates, data_parallel_size, rank_grid, world_size_of
 from megatron_syne.preflight.facts import PlatformName
 from megatron_syne.preflight.size import model_parameters, stage_parameters

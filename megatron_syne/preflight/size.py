@@ -10,7 +10,7 @@ of every stage and with transformers.
 from __future__ import annotations
 
 from megatron_syne.config.schema import ModelConfig, ParallelConfig
-from megatron_syne.models.llama import padded_vocab_size
+from megatron_syne.models.config import padded_vocab_size
 from megatron_syne.parallel.topology import chunk_layers
 
 

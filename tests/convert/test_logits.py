@@ -31,7 +31,7 @@ from safetensors.torch import load_file, save_file
 from megatron_syne.config.schema import DataConfig, ModelConfig, PrecisionConfig, RunConfig
 from megatron_syne.convert.source import open_source
 from megatron_syne.models.gpt import build_model, load_weights
-from megatron_syne.models.llama import resolve_model
+from megatron_syne.models.config import resolve_model
 from megatron_syne.parallel.ranks import rank_info
 from megatron_syne.parallel.setup import (
     start_distributed, start_model_parallel, stop_distributed, stop_model_parallel,

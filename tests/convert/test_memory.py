@@ -14,7 +14,7 @@ from megatron_syne.config.schema import ModelConfig
 from megatron_syne.convert.certificate import verify
 from megatron_syne.convert.safetensors_io import TensorSpec, TensorWriter
 from megatron_syne.convert.table import hf_tensors
-from megatron_syne.models.llama import hf_config_from_model, model_config_from_hf
+from megatron_syne.models.hf_config import hf_config_from_model, model_config_from_hf
 
 PROGRAM = r"""
 import re, sys

@@ -20,7 +20,7 @@ from megatron_syne.convert.importing import import_to_shards
 from megatron_syne.convert.source import WeightSource, open_source
 from megatron_syne.convert.table import entries
 from megatron_syne.errors import ConfigError, DataError
-from megatron_syne.models.llama import resolve_model
+from megatron_syne.models.config import resolve_model
 
 STORY = (
     "Once upon a time, there was a little girl named Lily. She loved to play outside in the park. One day, "

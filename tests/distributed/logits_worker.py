@@ -17,7 +17,7 @@ def main() -> None:
     from safetensors.torch import save_file
 
     from megatron_syne.config.loader import load_config
-    from megatron_syne.models.llama import resolve_model
+    from megatron_syne.models.config import resolve_model
     from megatron_syne.parallel.ranks import rank_info
     from megatron_syne.parallel.setup import (
         start_distributed,

@@ -20,7 +20,7 @@ def main() -> None:
 
     platform = select("cpu")
     from megatron_syne.config.loader import load_config
-    from megatron_syne.models.llama import resolve_model
+    from megatron_syne.models.config import resolve_model
     from megatron_syne.parallel.ranks import rank_info
     from megatron_syne.parallel.setup import (
         start_distributed,

@@ -19,6 +19,9 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = "megatron_syne"
 
+# What of models is plain values: no torch, open to the login node.
+LIGHT_MODELS = ("models.config", "models.families", "models.family", "models.hf_config", "models.json_file")
+
 # Room or module -> what of ours it may import, beside itself and errors. The longest matching key counts.
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "errors": (),
@@ -27,10 +30,10 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "parallel": ("config", "platform"),
     "parallel.topology": ("config",),
     "models": ("config", "platform"),
-    "models.llama": ("config",),
+    **{name: ("config", "models") for name in LIGHT_MODELS},
     "convert": ("config", "models", "parallel.topology"),
     "data": ("config",),
-    "preflight": ("config", "models.llama", "parallel.topology", "data.mixture"),
+    "preflight": ("config", *LIGHT_MODELS, "parallel.topology", "data.mixture"),
     "training": ("config", "platform", "parallel", "models"),
     "checkpoint": ("config", "platform", "parallel", "models.gpt", "training.callback", "training.state"),
     "monitor": ("config", "platform", "parallel", "training.callback", "training.state"),
@@ -45,7 +48,7 @@ MAY_ANNOTATE: dict[str, tuple[str, ...]] = {
     "monitor": ("training.trainer",),
     "resilience": ("training.trainer",),
 }
-LAUNCH_MAY_IMPORT = ("config", "preflight", "parallel.topology", "models.llama")
+LAUNCH_MAY_IMPORT = ("config", "preflight", "parallel.topology", *LIGHT_MODELS)
 
 # Heavy package -> the only rooms and modules that may import it.
 HEAVY: dict[str, tuple[str, ...]] = {
@@ -74,7 +77,7 @@ TORCH_FREE = (
     "errors",
     "config",
     "preflight",
-    "models.llama",
+    *LIGHT_MODELS,
     "data.mixture",
     "parallel.topology",
 )

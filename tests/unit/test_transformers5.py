@@ -19,7 +19,8 @@ import torch
 import transformers
 
 from megatron_syne.config.schema import ModelConfig
-from megatron_syne.models.llama import hf_config_from_model, model_config_from_hf, read_json
+from megatron_syne.models.hf_config import hf_config_from_model, model_config_from_hf
+from megatron_syne.models.json_file import read_json
 
 PROBE = Path(__file__).with_name("transformers_probe.py")
 PLAIN = ModelConfig(

@@ -122,7 +122,7 @@ def test_too_little_space(tmp_path: Path) -> None:
 
 def test_json_of_a_moment_is_limited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(files, "JSON_LIMIT_BYTES", 10)
-    monkeypatch.setattr("megatron_syne.models.llama.JSON_LIMIT_BYTES", 10)
+    monkeypatch.setattr("megatron_syne.models.json_file.JSON_LIMIT_BYTES", 10)
     (tmp_path / "x.json").write_text('{"a": "long enough"}')
     with pytest.raises(SyneError, match="larger than 10 bytes"):
         files.read_json_inside(tmp_path, "x.json")

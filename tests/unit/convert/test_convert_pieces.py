@@ -15,7 +15,7 @@ from megatron_syne.convert.pieces import Piece, hf_shapes, local_shape, matrix, 
 from megatron_syne.convert.shards_io import make_layout
 from megatron_syne.convert.table import at_layer, entries, find, hf_tensors
 from megatron_syne.errors import ConfigError
-from megatron_syne.models.llama import padded_vocab_size
+from megatron_syne.models.config import padded_vocab_size
 
 
 def make_model(**changes: Any) -> ModelConfig:

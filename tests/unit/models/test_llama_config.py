@@ -13,16 +13,9 @@ from hypothesis import strategies as st
 
 from megatron_syne.config.schema import ModelConfig
 from megatron_syne.errors import ConfigError, DataError, MissingInput, SecurityRefusal
-from megatron_syne.models.llama import (
-    PRESETS,
-    config_dtype,
-    hf_config_from_model,
-    model_config_from_hf,
-    model_differences,
-    padded_vocab_size,
-    read_json,
-    resolve_model,
-)
+from megatron_syne.models.config import model_differences, padded_vocab_size, resolve_model
+from megatron_syne.models.hf_config import PRESETS, config_dtype, hf_config_from_model, model_config_from_hf
+from megatron_syne.models.json_file import read_json
 
 LLAMA3_ROPE = {
     "rope_type": "llama3",

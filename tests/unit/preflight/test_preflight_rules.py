@@ -11,7 +11,7 @@ import pytest
 from megatron_syne.config.loader import load_config
 from megatron_syne.config.schema import RunConfig
 from megatron_syne.errors import ConfigError
-from megatron_syne.models.llama import resolve_model
+from megatron_syne.models.config import resolve_model
 from megatron_syne.preflight import rules
 from megatron_syne.preflight.launch_rules import check_launch, time_limit_seconds
 

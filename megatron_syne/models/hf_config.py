@@ -8,19 +8,15 @@ written, because 4.x reading a 5.x-only file falls back to a rope base of 10000 
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import math
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from megatron_syne.config.schema import ModelConfig
-from megatron_syne.errors import ConfigError, DataError, MissingInput, SecurityRefusal
+from megatron_syne.errors import DataError, SecurityRefusal
 
 ARCHITECTURE = "LlamaForCausalLM"
 MODEL_TYPE = "llama"
-JSON_LIMIT_BYTES = 64 * 2**20
 
 _LLAMA3_ROPE = {
     "low_freq_factor": 1.0,
@@ -114,42 +110,6 @@ _preset("llama2_7b", 4096, 32, (32, 32), 128, 11008, vocab=32000, positions=4096
 _preset("tinyllama_1_1b", 2048, 22, (32, 4), 64, 5632, vocab=32000, positions=2048, base=10000.0)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file. Raises MissingInput, or DataError for anything but one well-formed object.
-
-    Refuses duplicate keys and NaN (two readers would disagree about them) and files above 64 MiB.
-    """
-    if not path.is_file():
-        raise MissingInput(f"{path}: no such file")
-    with path.open("rb") as stream:
-        return parse_json(stream.read(JSON_LIMIT_BYTES + 1), str(path))
-
-
-def parse_json(raw: bytes, where: str) -> dict[str, Any]:
-    """As :func:`read_json`, for bytes read already; ``where`` names them in messages."""
-
-    def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        for key, value in pairs:
-            if key in found:
-                raise DataError(f"{where}: key {key!r} stands twice in one JSON object")
-            found[key] = value
-        return found
-
-    def no_constant(name: str) -> Any:
-        raise DataError(f"{where}: {name} is not JSON")
-
-    if len(raw) > JSON_LIMIT_BYTES:
-        raise DataError(f"{where}: larger than {JSON_LIMIT_BYTES} bytes, which no file of this kind is")
-    try:
-        value = json.loads(raw, object_pairs_hook=no_duplicates, parse_constant=no_constant)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{where}: not valid JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise DataError(f"{where}: expected a JSON object, found {type(value).__name__}")
-    return value
-
-
 def model_config_from_hf(config: Mapping[str, Any], where: str) -> ModelConfig:
     """A fully resolved :class:`ModelConfig` from the contents of a ``config.json``.
 
@@ -220,79 +180,6 @@ def config_dtype(config: Mapping[str, Any], where: str) -> str | None:
             f"{where}: dtype {config['dtype']!r} and torch_dtype {config['torch_dtype']!r} disagree"
         )
     return names.pop() if names else None
-
-
-def resolve_model(model: ModelConfig) -> ModelConfig:
-    """The model with every field filled: from ``hf_path`` or ``preset``, fields given beside them on top.
-
-    Raises ConfigError that names all missing fields; DataError or MissingInput for the ``config.json``.
-    """
-    base = ModelConfig()
-    if model.hf_path is not None and model.preset is not None:
-        raise ConfigError("model: give hf_path or preset, not both")
-    if model.preset is not None:
-        if model.preset not in PRESETS:
-            raise ConfigError(f"model.preset: {model.preset!r} is unknown; known: {', '.join(PRESETS)}")
-        base = PRESETS[model.preset]
-    elif model.hf_path is not None:
-        path = Path(model.hf_path) / "config.json"
-        base = model_config_from_hf(read_json(path), str(path))
-    given = {k: v for k, v in dataclasses.asdict(model).items() if v is not None}
-    resolved = dataclasses.replace(base, **given)
-    resolved.model_type = resolved.model_type or MODEL_TYPE
-    if resolved.init_method_std is None:
-        resolved.init_method_std = 0.02
-    hidden, heads = resolved.hidden_size, resolved.num_attention_heads
-    if resolved.kv_channels is None and hidden and heads and hidden % heads == 0:
-        resolved.kv_channels = hidden // heads
-    optional = {"hf_path", "preset", "rope_scaling_factor"}
-    missing = [
-        f"model.{f.name}"
-        for f in dataclasses.fields(resolved)
-        if f.name not in optional and getattr(resolved, f.name) is None
-    ]
-    if missing:
-        raise ConfigError(f"{', '.join(missing)}: not given; set hf_path or preset, or give them")
-    _check_resolved(resolved)
-    return resolved
-
-
-def model_differences(ours: ModelConfig, theirs: ModelConfig) -> list[str]:
-    """Fields in which two resolved models differ, as ``field: ours against theirs``.
-
-    Left out is what does not belong to the weights: where the shape came from, and padding.
-    """
-    skip = {"hf_path", "preset", "make_vocab_size_divisible_by", "init_method_std"}
-    return [
-        f"{f.name}: {getattr(ours, f.name)!r} against {getattr(theirs, f.name)!r}"
-        for f in dataclasses.fields(ModelConfig)
-        if f.name not in skip and getattr(ours, f.name) != getattr(theirs, f.name)
-    ]
-
-
-def padded_vocab_size(model: ModelConfig, tensor_model_parallel_size: int) -> int:
-    """Rows of the embedding over all TP ranks: the vocabulary rounded up to ``make_vocab_size_divisible_by``
-    times TP (megatron's ``_vocab_size_with_padding``)."""
-    assert model.vocab_size is not None, "resolve_model first"
-    multiple = model.make_vocab_size_divisible_by * tensor_model_parallel_size
-    return math.ceil(model.vocab_size / multiple) * multiple
-
-
-def _check_resolved(model: ModelConfig) -> None:
-    problems = []
-    if model.model_type != MODEL_TYPE:
-        problems.append(f"model.model_type: {model.model_type!r} is not supported; supported: {MODEL_TYPE!r}")
-    for f in dataclasses.fields(model):
-        value = getattr(model, f.name)
-        if isinstance(value, int | float) and not isinstance(value, bool) and not value > 0:
-            problems.append(f"model.{f.name}: {value} must be above 0")
-    heads, groups = model.num_attention_heads, model.num_query_groups
-    if not problems and heads and groups and heads % groups:
-        problems.append(f"model.num_attention_heads: {heads} is not a multiple of num_query_groups {groups}")
-    if not problems and model.kv_channels and model.kv_channels % 2:
-        problems.append(f"model.kv_channels: {model.kv_channels} is odd, which rotary embedding cannot split")
-    if problems:
-        raise ConfigError("; ".join(problems))
 
 
 def _unsupported(config: Mapping[str, Any]) -> list[str]:

@@ -7,6 +7,7 @@ Transformer Engine spec); ``{layer}`` is the number of the layer in the whole mo
 from __future__ import annotations
 
 from megatron_syne.convert.pieces import Entry, Kind
+from megatron_syne.convert.table import Table
 
 EMBEDDING = Entry(Kind.VOCABULARY, {"model.embed_tokens.weight": "v h"}, "embedding.word_embeddings.weight")
 
@@ -56,9 +57,13 @@ FINAL_NORM = Entry(Kind.DIRECT, {"model.norm.weight": "h"}, "decoder.final_layer
 
 OUTPUT = Entry(Kind.VOCABULARY, {"lm_head.weight": "v h"}, "output_layer.weight")
 
-# Where the embeddings are tied the output layer is no tensor of its own. megatron-core still keeps a copy of
-# the embedding under this name on the last pipeline stage, which is filled from the embedding's tensor.
-TIED_OUTPUT = Entry(Kind.VOCABULARY, EMBEDDING.hf, OUTPUT.megatron)
-
 # Buffers in files of old transformers versions; they follow from the configuration.
 IGNORED_SUFFIXES = (".rotary_emb.inv_freq",)
+
+TABLE = Table(
+    embedding=EMBEDDING,
+    layer=LAYER,
+    final_norm=(FINAL_NORM,),
+    output=OUTPUT,
+    ignored_suffixes=IGNORED_SUFFIXES,
+)
