@@ -39,12 +39,13 @@ REQUIRES = [
     "tensorboard>=2.19",
     "tokenizers>=0.22",
     "torch>=2.6",
+    "tqdm>=4.66",
 ]
 
-HUGGING_FACE = ["transformers>=4.55,<6"]
+HUGGING_FACE = ["huggingface_hub>=0.34", "transformers>=4.55,<6"]
 
 EXTRAS = {
-    # Opens checkpoints with transformers: the demo's last step, the tests' oracle. The library needs it nowhere.
+    # transformers: the demo's last step, the judge of verify --logits and of the tests; the hub: ids in place of folders.
     "hf": HUGGING_FACE,
     # Builds against the installed torch: install a CUDA torch first, then this with --no-build-isolation.
     # Never on a machine without CUDA libraries: there it breaks `import megatron.core` itself. No extra

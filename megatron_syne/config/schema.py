@@ -25,7 +25,7 @@ class ModelConfig:
     preset: str | None = None
     """Name of a shape in ``models/families`` (``llama3_8b``, ``llama3_70b``, ...)."""
     model_type: str | None = None
-    """Family: the ``model_type`` of the Hugging Face configuration (``llama``)."""
+    """Family: the ``model_type`` of the Hugging Face configuration (``llama``, ``mistral``, ``qwen2``, ...)."""
     num_layers: int | None = None
     """Number of transformer layers."""
     hidden_size: int | None = None
@@ -46,12 +46,29 @@ class ModelConfig:
     max_position_embeddings: int | None = None
     """Longest sequence the released model claims to handle."""
     layernorm_epsilon: float | None = None
-    """Epsilon of the RMSNorm."""
+    """Epsilon of the norms."""
+    normalization: Literal["RMSNorm", "LayerNorm"] | None = None
+    """Kind of the norms; not given = the family's. LayerNorm has a bias."""
+    layernorm_zero_centered_gamma: bool | None = None
+    """Whether the norms keep their weight less 1, so that weight decay pulls it to 1; not given = the
+    family's. Hugging Face's weight is 1 larger."""
+    add_qkv_bias: bool | None = None
+    """Whether query, key and value projections have a bias; not given = the family's (Qwen2: yes)."""
+    window_size: int | None = None
+    """Sliding window: the number of tokens that a token attends to, itself included (Hugging Face:
+    ``sliding_window``); not given = all before it."""
     rotary_base: float | None = None
     """Base of the rotary embedding (Hugging Face: ``rope_theta``; 500000 for Llama-3)."""
     rope_scaling_factor: float | None = None
-    """Factor of Llama-3.1's rope scaling; not given = no scaling. The other three constants (low 1, high 4,
-    original length 8192) are fixed in megatron-core; a checkpoint with others is refused."""
+    """Factor of Llama-3.1's rope scaling; not given = no scaling."""
+    rope_low_freq_factor: float | None = None
+    """Llama-3.1's rope scaling: wavelengths above the original length divided by this are scaled in full; not
+    given = 1 where there is a factor."""
+    rope_high_freq_factor: float | None = None
+    """Llama-3.1's rope scaling: wavelengths below the original length divided by this are left alone; not
+    given = 4 where there is a factor."""
+    rope_original_max_position_embeddings: int | None = None
+    """Llama-3.1's rope scaling: sequence length before the scaling; not given = 8192 where there is a factor."""
     share_embeddings_and_output_weights: bool | None = None
     """Whether input embedding and output layer are one tensor (Hugging Face: ``tie_word_embeddings``)."""
     init_method_std: float | None = None

@@ -102,12 +102,12 @@ def check_tensor_parallel(model: ModelConfig, tp_size: int) -> None:
     More ranks than key/value heads are possible where each head's group is cut evenly: megatron-core then
     stores plain slices of the fused rows and gathers them for the product (``attention.py``).
     """
-    possible = [size for size in range(1, tp_size + 1) if not _misfits(model, size)]
     problems = _misfits(model, tp_size)
     if problems:
+        possible = [size for size in range(1, letters(model)["n"] + 1) if not _misfits(model, size)]
         raise ConfigError(
             f"parallel.tensor_model_parallel_size: {tp_size} {'; '.join(problems)}; "
-            f"possible up to there: {', '.join(map(str, possible))}"
+            f"possible for this model: {', '.join(map(str, possible))}"
         )
 
 

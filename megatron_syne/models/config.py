@@ -8,8 +8,19 @@ from pathlib import Path
 
 from megatron_syne.config.schema import ModelConfig
 from megatron_syne.errors import ConfigError
-from megatron_syne.models.hf_config import MODEL_TYPE, PRESETS, model_config_from_hf
+from megatron_syne.models.family import ROPE_DEFAULTS, completed, family_of, known
+from megatron_syne.models.hf_config import model_config_from_hf
 from megatron_syne.models.json_file import read_json
+
+DEFAULT_MODEL_TYPE = "llama"
+"""The family of a model that is given by its sizes alone."""
+
+PRESETS: dict[str, ModelConfig] = {
+    name: completed(dataclasses.replace(preset, model_type=model_type))
+    for model_type in known()
+    for name, preset in family_of(model_type).presets.items()
+}
+"""Shapes of released models, of all families, by name."""
 
 
 def resolve_model(model: ModelConfig) -> ModelConfig:
@@ -29,13 +40,11 @@ def resolve_model(model: ModelConfig) -> ModelConfig:
         base = model_config_from_hf(read_json(path), str(path))
     given = {k: v for k, v in dataclasses.asdict(model).items() if v is not None}
     resolved = dataclasses.replace(base, **given)
-    resolved.model_type = resolved.model_type or MODEL_TYPE
+    resolved.model_type = resolved.model_type or DEFAULT_MODEL_TYPE
     if resolved.init_method_std is None:
         resolved.init_method_std = 0.02
-    hidden, heads = resolved.hidden_size, resolved.num_attention_heads
-    if resolved.kv_channels is None and hidden and heads and hidden % heads == 0:
-        resolved.kv_channels = hidden // heads
-    optional = {"hf_path", "preset", "rope_scaling_factor"}
+    resolved = completed(resolved)
+    optional = {"hf_path", "preset", "rope_scaling_factor", *ROPE_DEFAULTS, "window_size"}
     missing = [
         f"model.{f.name}"
         for f in dataclasses.fields(resolved)
@@ -50,8 +59,10 @@ def resolve_model(model: ModelConfig) -> ModelConfig:
 def model_differences(ours: ModelConfig, theirs: ModelConfig) -> list[str]:
     """Fields in which two resolved models differ, as ``field: ours against theirs``.
 
-    Left out is what does not belong to the weights: where the shape came from, and padding.
+    Left out is what does not belong to the weights: where the shape came from, and padding. What a record of
+    an earlier version lacks is filled in first.
     """
+    ours, theirs = completed(ours), completed(theirs)
     skip = {"hf_path", "preset", "make_vocab_size_divisible_by", "init_method_std"}
     return [
         f"{f.name}: {getattr(ours, f.name)!r} against {getattr(theirs, f.name)!r}"
@@ -69,13 +80,26 @@ def padded_vocab_size(model: ModelConfig, tensor_model_parallel_size: int) -> in
 
 
 def _check_resolved(model: ModelConfig) -> None:
-    problems = []
-    if model.model_type != MODEL_TYPE:
-        problems.append(f"model.model_type: {model.model_type!r} is not supported; supported: {MODEL_TYPE!r}")
+    family = family_of(model.model_type)
+    problems = [
+        f"model.{name}: {getattr(model, name)!r} is not what {family.model_type!r} has ({value!r})"
+        for name, value in family.constants.items()
+        if getattr(model, name) != value
+    ]
+    if model.window_size is not None and "window_size" not in {field.name for field in family.fields}:
+        problems.append(
+            f"model.window_size: {model.window_size}: {family.model_type!r} has no sliding window"
+        )
     for f in dataclasses.fields(model):
         value = getattr(model, f.name)
         if isinstance(value, int | float) and not isinstance(value, bool) and not value > 0:
             problems.append(f"model.{f.name}: {value} must be above 0")
+    for name in ROPE_DEFAULTS:
+        if model.rope_scaling_factor is None and getattr(model, name) is not None:
+            problems.append(f"model.{name}: {getattr(model, name)} needs model.rope_scaling_factor")
+    low, high = model.rope_low_freq_factor, model.rope_high_freq_factor
+    if low is not None and high is not None and not low < high:
+        problems.append(f"model.rope_high_freq_factor: {high} must be above rope_low_freq_factor {low}")
     heads, groups = model.num_attention_heads, model.num_query_groups
     if not problems and heads and groups and heads % groups:
         problems.append(f"model.num_attention_heads: {heads} is not a multiple of num_query_groups {groups}")

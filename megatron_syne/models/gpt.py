@@ -11,6 +11,8 @@ from torch import nn
 from megatron_syne.config.arithmetic import resolved_deallocate_pipeline_outputs, resolved_overlap_p2p_comm
 from megatron_syne.config.schema import ModelConfig, RunConfig
 from megatron_syne.models.config import padded_vocab_size
+from megatron_syne.models.family import completed
+from megatron_syne.models.rope import rotary_frequencies
 from megatron_syne.platform.base import Platform
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -24,6 +26,7 @@ def engine_config(config: RunConfig, model: ModelConfig, platform: Platform) -> 
     """
     from megatron.core.transformer import TransformerConfig
 
+    model = completed(model)
     parallel, precision = config.parallel, config.precision
     vpp = parallel.virtual_pipeline_model_parallel_size
     dtype = DTYPES[precision.params_dtype]
@@ -37,7 +40,11 @@ def engine_config(config: RunConfig, model: ModelConfig, platform: Platform) -> 
         "kv_channels": model.kv_channels,
         "layernorm_epsilon": model.layernorm_epsilon,
         "init_method_std": model.init_method_std,
-        "normalization": "RMSNorm",
+        "normalization": model.normalization,
+        "layernorm_zero_centered_gamma": model.layernorm_zero_centered_gamma,
+        "add_qkv_bias": model.add_qkv_bias,
+        # tokens before and after; the window of Hugging Face counts the token itself
+        "window_size": None if model.window_size is None else (model.window_size - 1, 0),
         "gated_linear_unit": True,
         "activation_func": nn.functional.silu,
         "add_bias_linear": False,
@@ -72,7 +79,7 @@ def build_model(config: RunConfig, model: ModelConfig, platform: Platform) -> li
         get_num_layers_to_build,
     )
 
-    parallel = config.parallel
+    parallel, model = config.parallel, completed(model)
     engine = engine_config(config, model, platform)
     layer, final_norm = platform.layer_spec()
     chunks: list[nn.Module] = []
@@ -82,7 +89,7 @@ def build_model(config: RunConfig, model: ModelConfig, platform: Platform) -> li
         if final_norm is not None:
             count = get_num_layers_to_build(engine, vp_stage=vp_stage)
             spec = TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=final_norm)
-        module: nn.Module = GPTModel(
+        gpt = GPTModel(
             config=engine,
             transformer_layer_spec=spec,
             vocab_size=padded_vocab_size(model, parallel.tensor_model_parallel_size),
@@ -92,10 +99,11 @@ def build_model(config: RunConfig, model: ModelConfig, platform: Platform) -> li
             share_embeddings_and_output_weights=bool(model.share_embeddings_and_output_weights),
             position_embedding_type="rope",
             rotary_base=model.rotary_base,
-            rope_scaling=model.rope_scaling_factor is not None,
-            rope_scaling_factor=model.rope_scaling_factor or 8.0,
             vp_stage=vp_stage,
-        ).to(platform.device)
+        )
+        rope = gpt.rotary_pos_emb
+        rope.inv_freq = rotary_frequencies(model).to(rope.inv_freq.device)
+        module: nn.Module = gpt.to(platform.device)
         if engine.bf16:
             module = Float16Module(engine, module)
         chunks.append(module)

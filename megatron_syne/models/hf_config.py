@@ -1,142 +1,64 @@
-"""Llama: Hugging Face ``config.json`` to :class:`ModelConfig` and back, and the shapes known by name.
+"""Hugging Face ``config.json`` to :class:`ModelConfig` and back, for every family.
 
 Nothing is dropped in silence: a key that is neither read here nor listed as harmless is refused, since a
 field that a converter ignores changes the model without any error. Both of transformers' forms are read
 (4.x: ``rope_theta``, ``rope_scaling``, ``torch_dtype``; 5.x: ``rope_parameters``, ``dtype``) and both are
-written, because 4.x reading a 5.x-only file falls back to a rope base of 10000 without a word. No torch.
+written. No torch.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
 from megatron_syne.config.schema import ModelConfig
 from megatron_syne.errors import DataError, SecurityRefusal
+from megatron_syne.models.family import REQUIRED, Family, completed, family_of, known
+from megatron_syne.models.hf_rope import is_number, read_rope, shown, written_rope
 
-ARCHITECTURE = "LlamaForCausalLM"
-MODEL_TYPE = "llama"
-
-_LLAMA3_ROPE = {
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
+# Keys of every configuration that would change the model, and the only value of them that this stack computes.
+_ONLY: dict[str, Any] = {
+    "attention_dropout": 0,
+    "rope_interleaved": False,
+    "partial_rotary_factor": 1,
+    "is_encoder_decoder": False,
+    "add_cross_attention": False,
 }
 
-_REQUIRED = object()
-# Hugging Face key, our field, type, default of transformers' LlamaConfig (None: derived below).
-_FIELDS: tuple[tuple[str, str, type, Any], ...] = (
-    ("num_hidden_layers", "num_layers", int, _REQUIRED),
-    ("hidden_size", "hidden_size", int, _REQUIRED),
-    ("intermediate_size", "ffn_hidden_size", int, _REQUIRED),
-    ("num_attention_heads", "num_attention_heads", int, _REQUIRED),
-    ("num_key_value_heads", "num_query_groups", int, None),
-    ("head_dim", "kv_channels", int, None),
-    ("vocab_size", "vocab_size", int, _REQUIRED),
-    ("max_position_embeddings", "max_position_embeddings", int, 2048),
-    ("rms_norm_eps", "layernorm_epsilon", float, 1e-6),
-    ("initializer_range", "init_method_std", float, 0.02),
-    ("tie_word_embeddings", "share_embeddings_and_output_weights", bool, False),
-)
-
-# Keys that would change the model, and the only values of them that this stack computes.
-_ONLY: dict[str, tuple[Any, ...]] = {
-    "attention_bias": (False,),
-    "mlp_bias": (False,),
-    "hidden_act": ("silu",),
-    "attention_dropout": (0,),
-    "rope_interleaved": (False,),
-    "partial_rotary_factor": (1,),
-    "is_encoder_decoder": (False,),
-    "add_cross_attention": (False,),
-    "use_sliding_window": (False,),
-}
-
-# Keys that do not change what the model computes; they are carried over to an exported config.json.
+# Keys that do not change what the model computes; they are carried over to an exported config.json. The last
+# line is read elsewhere in this module.
 # fmt: off
 _HARMLESS = frozenset({
-    "_attn_implementation_autoset", "_commit_hash", "_name_or_path", "architectures", "auto_map",
-    "bos_token_id", "dtype", "eos_token_id", "id2label", "is_decoder", "label2id", "model_type",
-    "name_or_path", "output_attentions", "output_hidden_states", "pad_token_id", "pretraining_tp",
-    "return_dict", "rope_parameters", "rope_scaling", "rope_theta", "tokenizer_class", "torch_dtype",
-    "torchscript", "transformers_version", "unk_token_id", "unsloth_fixed", "unsloth_version", "use_cache",
+    "_attn_implementation_autoset", "_commit_hash", "_name_or_path", "bos_token_id", "eos_token_id",
+    "id2label", "is_decoder", "label2id", "name_or_path", "output_attentions", "output_hidden_states",
+    "pad_token_id", "pretraining_tp", "return_dict", "tokenizer_class", "torchscript",
+    "transformers_version", "unk_token_id", "unsloth_fixed", "unsloth_version", "use_cache",
+    "architectures", "auto_map", "dtype", "layer_types", "model_type", "rope_parameters", "rope_scaling",
+    "rope_theta", "torch_dtype",
 })
 # fmt: on
-
-# Shapes of released models, as their config.json has them.
-PRESETS: dict[str, ModelConfig] = {}
-
-
-def _preset(
-    name: str,
-    hidden: int,
-    layers: int,
-    heads: tuple[int, int],
-    head: int,
-    ffn: int,
-    *,
-    vocab: int = 128256,
-    positions: int = 8192,
-    base: float = 500000.0,
-    factor: float | None = None,
-    tied: bool = False,
-) -> None:
-    PRESETS[name] = ModelConfig(
-        model_type=MODEL_TYPE,
-        num_layers=layers,
-        hidden_size=hidden,
-        ffn_hidden_size=ffn,
-        num_attention_heads=heads[0],
-        num_query_groups=heads[1],
-        kv_channels=head,
-        vocab_size=vocab,
-        max_position_embeddings=positions,
-        layernorm_epsilon=1e-5,
-        rotary_base=base,
-        rope_scaling_factor=factor,
-        share_embeddings_and_output_weights=tied,
-        init_method_std=0.02,
-    )
-
-
-_preset("llama3_8b", 4096, 32, (32, 8), 128, 14336)
-_preset("llama3_70b", 8192, 80, (64, 8), 128, 28672)
-_preset("llama3_1_8b", 4096, 32, (32, 8), 128, 14336, positions=131072, factor=8.0)
-_preset("llama3_1_405b", 16384, 126, (128, 8), 128, 53248, positions=131072, factor=8.0)
-_preset("llama3_2_1b", 2048, 16, (32, 8), 64, 8192, positions=131072, factor=32.0, tied=True)
-_preset("llama3_2_3b", 3072, 28, (24, 8), 128, 8192, positions=131072, factor=32.0, tied=True)
-_preset("llama2_7b", 4096, 32, (32, 32), 128, 11008, vocab=32000, positions=4096, base=10000.0)
-_preset("tinyllama_1_1b", 2048, 22, (32, 4), 64, 5632, vocab=32000, positions=2048, base=10000.0)
 
 
 def model_config_from_hf(config: Mapping[str, Any], where: str) -> ModelConfig:
     """A fully resolved :class:`ModelConfig` from the contents of a ``config.json``.
 
     ``where`` is named in messages. Raises DataError that lists every field which is missing, malformed,
-    unknown, or would be dropped; SecurityRefusal where the model wants to bring code (``auto_map``).
+    unknown, or would be dropped; SecurityRefusal where the model wants to bring code (``auto_map``) and what
+    that code computes is not known.
     """
-    if config.get("auto_map") is not None:
-        raise SecurityRefusal(
-            f"{where}: auto_map asks to run code that comes with the model; this is never done. "
-            f"Supported without it: {ARCHITECTURE}"
-        )
-    architectures = config.get("architectures") or [ARCHITECTURE]
-    if architectures != [ARCHITECTURE] or config.get("model_type", MODEL_TYPE) != MODEL_TYPE:
-        raise DataError(
-            f"{where}: architectures {architectures!r}, model_type {config.get('model_type')!r}: "
-            f"not supported; supported: {ARCHITECTURE!r}, {MODEL_TYPE!r}"
-        )
-    problems = _unsupported(config)
-    values = _read_fields(config, problems)
-    rope = _read_rope(config, problems)
+    family = _family(config, where)
+    problems = _unsupported(config, family)
+    values = _read_fields(config, family, problems)
+    values |= read_rope(config, problems)
+    if not problems:
+        problems += _layer_types(config, values)
     try:
         config_dtype(config, where)
     except DataError as error:
         problems.append(str(error).removeprefix(f"{where}: "))
     if problems:
         raise DataError(f"{where}: " + "; ".join(problems))
-    return ModelConfig(model_type=MODEL_TYPE, rotary_base=rope[0], rope_scaling_factor=rope[1], **values)
+    return completed(ModelConfig(model_type=family.model_type, **values))
 
 
 def hf_config_from_model(
@@ -151,18 +73,15 @@ def hf_config_from_model(
     ``dtype`` is torch's name (``bfloat16``). Starts from ``base``, the configuration of the source, so that
     nothing that it carried is lost; writes the forms of transformers 4.x and 5.x side by side.
     """
+    model, family = completed(model), family_of(model.model_type)
     config = dict(base or {})
-    config["architectures"], config["model_type"] = [ARCHITECTURE], MODEL_TYPE
-    for key, field, _, _ in _FIELDS:
-        config[key] = getattr(model, field)
-    config.update(hidden_act="silu", attention_bias=False, mlp_bias=False)
-    config["rope_theta"] = model.rotary_base
-    config["rope_scaling"] = None
-    config["rope_parameters"] = {"rope_type": "default", "rope_theta": model.rotary_base}
-    if model.rope_scaling_factor is not None:
-        scaling = {"rope_type": "llama3", "factor": model.rope_scaling_factor, **_LLAMA3_ROPE}
-        config["rope_scaling"] = scaling
-        config["rope_parameters"] = {**scaling, "rope_theta": model.rotary_base}
+    config["architectures"], config["model_type"] = [family.architecture], family.model_type
+    for field in family.fields:
+        config[field.key] = getattr(model, field.name)
+    config.update({key: family.only[key] for key in family.written})
+    config.update(written_rope(model))
+    if config.get("layer_types") is not None:  # as many as there are layers now
+        config["layer_types"] = [_layer_type(model.window_size)] * int(model.num_layers or 0)
     config["dtype"] = config["torch_dtype"] = dtype
     for key, given in (("bos_token_id", bos_token_id), ("eos_token_id", eos_token_id)):
         # An absent key would mean LlamaConfig's defaults 1 and 2, so "none" is written out.
@@ -182,34 +101,56 @@ def config_dtype(config: Mapping[str, Any], where: str) -> str | None:
     return names.pop() if names else None
 
 
-def _unsupported(config: Mapping[str, Any]) -> list[str]:
+def _family(config: Mapping[str, Any], where: str) -> Family:
+    """By ``model_type``, or where that is absent by the architecture; the two must agree."""
+    model_type, architectures = config.get("model_type"), config.get("architectures") or None
+    families = [family_of(name) for name in known()]
+    family = next((f for f in families if f.model_type == model_type), None)
+    if model_type is None:
+        family = next((f for f in families if [f.architecture] == architectures), None)
+    supported = ", ".join(f"{f.architecture!r} ({f.model_type!r})" for f in families)
+    if config.get("auto_map") is not None and not (family and family.brings_code):
+        raise SecurityRefusal(
+            f"{where}: auto_map asks to run code that comes with the model; this is never done. "
+            f"Supported without it: {supported}"
+        )
+    if family is None or architectures not in (None, [family.architecture]):
+        raise DataError(
+            f"{where}: architectures {shown(architectures)}, model_type {shown(model_type)}: "
+            f"not supported; supported: {supported}"
+        )
+    return family
+
+
+def _unsupported(config: Mapping[str, Any], family: Family) -> list[str]:
     """Keys that are set to what this stack does not compute, and keys that it does not know."""
     problems = []
-    known = _HARMLESS | {field[0] for field in _FIELDS}
+    known_keys = _HARMLESS | family.harmless | {field.key for field in family.fields}
+    only = _ONLY | dict(family.only)
     for key, value in config.items():
-        if value is None or key in known:
+        if value is None or key in known_keys:
             continue
-        if key not in _ONLY:
-            problems.append(f"{key}: {_short(value)} is not known here and would be dropped")
-        elif value not in _ONLY[key]:
-            problems.append(f"{key}: {_short(value)} is not supported; supported: {_ONLY[key][0]!r}")
+        if key not in only:
+            problems.append(f"{key}: {shown(value)} is not known here and would be dropped")
+        elif value != only[key]:
+            problems.append(f"{key}: {shown(value)} is not supported; supported: {only[key]!r}")
     return problems
 
 
-def _read_fields(config: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
+def _read_fields(config: Mapping[str, Any], family: Family, problems: list[str]) -> dict[str, Any]:
     values: dict[str, Any] = {}
-    for key, field, kind, default in _FIELDS:
-        value = config.get(key)
-        if value is None:
-            if default is _REQUIRED:
-                problems.append(f"{key}: missing")
-            values[field] = default
-        elif kind is bool and not isinstance(value, bool):
-            problems.append(f"{key}: expected true or false, found {_short(value)}")
-        elif kind is not bool and not (_is_number(value) and value > 0 and kind(value) == value):
-            problems.append(f"{key}: expected a positive {kind.__name__}, found {_short(value)}")
+    for field in family.fields:
+        value = config.get(field.key, field.default)
+        if value is REQUIRED or (value is None and not field.null):
+            problems.append(f"{field.key}: missing")
+        elif value is None:
+            values[field.name] = None
+        elif field.kind is bool and not isinstance(value, bool):
+            problems.append(f"{field.key}: expected true or false, found {shown(value)}")
+        elif field.kind is not bool and not (is_number(value) and value > 0 and field.kind(value) == value):
+            problems.append(f"{field.key}: expected a positive {field.kind.__name__}, found {shown(value)}")
         else:
-            values[field] = kind(value)
+            values[field.name] = field.kind(value)
     if problems:
         return values
     hidden, heads = values["hidden_size"], values["num_attention_heads"]
@@ -225,66 +166,14 @@ def _read_fields(config: Mapping[str, Any], problems: list[str]) -> dict[str, An
     return values
 
 
-def _read_rope(config: Mapping[str, Any], problems: list[str]) -> tuple[float, float | None]:
-    """``(base, llama3 factor or None)``; ``rope_parameters`` counts, the older keys must agree with it."""
-    theta, scaling = config.get("rope_theta"), config.get("rope_scaling")
-    old = _rope_form(
-        {**_object(scaling, "rope_scaling", problems), "rope_theta": theta}, problems, "rope_scaling"
-    )
-    if config.get("rope_parameters") is None:
-        return old
-    parameters = _object(config["rope_parameters"], "rope_parameters", problems)
-    new = _rope_form({"rope_theta": theta, **parameters}, problems, "rope_parameters")
-    old_form_given = theta is not None or scaling is not None
-    if old_form_given and not problems and new != (old[0] if theta is not None else new[0], old[1]):
-        problems.append(
-            f"rope_parameters: {_short(parameters)} disagrees with rope_theta {theta!r}, "
-            f"rope_scaling {_short(scaling)}"
-        )
-    return new
+def _layer_types(config: Mapping[str, Any], values: dict[str, Any]) -> list[str]:
+    """All layers attend alike here: 5.x's list may say nothing else."""
+    found, layers = config.get("layer_types"), values["num_layers"]
+    expected = _layer_type(values.get("window_size"))
+    if found is None or found == [expected] * layers:
+        return []
+    return [f"layer_types: expected {layers} times {expected!r}, found {shown(found)}"]
 
 
-def _rope_form(rope: dict[str, Any], problems: list[str], name: str) -> tuple[float, float | None]:
-    rope = {key: value for key, value in rope.items() if value is not None}
-    kind = rope.pop("rope_type", rope.get("type", "default"))
-    if rope.pop("type", kind) != kind:
-        problems.append(f"{name}: type and rope_type disagree")
-    theta = rope.pop("rope_theta", 10000.0)  # transformers' default
-    if rope.pop("partial_rotary_factor", 1) != 1:
-        problems.append(f"{name}: partial_rotary_factor other than 1 is not supported")
-    if not (_is_number(theta) and theta > 0):
-        problems.append(f"rope_theta: expected a positive number, found {_short(theta)}")
-        theta = 10000.0
-    if kind not in ("default", "llama3"):
-        problems.append(f"{name}: rope_type {_short(kind)} is not supported; supported: 'default', 'llama3'")
-        return float(theta), None
-    factor: Any = rope.pop("factor", None) if kind == "llama3" else None
-    if kind == "llama3" and not (_is_number(factor) and factor > 0):
-        problems.append(f"{name}: factor: expected a positive number, found {_short(factor)}")
-        factor = None
-    for key, value in _LLAMA3_ROPE.items() if kind == "llama3" else ():
-        found = rope.pop(key, None)
-        if found != value:
-            problems.append(
-                f"{name}: {key}: {_short(found)} is not supported; "
-                f"supported: {value} (fixed in megatron-core)"
-            )
-    for key, value in rope.items():
-        problems.append(f"{name}: {key}: {_short(value)} is not known here and would be dropped")
-    return float(theta), None if factor is None else float(factor)
-
-
-def _object(value: Any, name: str, problems: list[str]) -> dict[str, Any]:
-    if value is None or isinstance(value, dict):
-        return value or {}
-    problems.append(f"{name}: expected an object, found {_short(value)}")
-    return {}
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 120 else text[:117] + "..."
+def _layer_type(window_size: int | None) -> str:
+    return "full_attention" if window_size is None else "sliding_attention"

@@ -7,7 +7,7 @@ kinds, and each is bridged once here rather than patched where it stands:
 * ``torch.cuda.current_device()``, ``synchronize()``, the CUDA random state: replaced by CPU versions;
 * comparisons with ``"torch.cuda.FloatTensor"``: ``Tensor.type()`` answers with the CUDA spelling;
 * Adam: the distributed optimizer's checkpoints need a step per group, as Transformer Engine and apex have;
-* RMSNorm: the engine's local one refuses sequence parallelism.
+* norms: the engine's local ones refuse sequence parallelism and zero-centred weights.
 
 The mode is thread-local: only the main thread may call the engine. CUDA streams, events and graphs are not
 bridged; ``preflight`` refuses the options that need them. Only ever installed where no CUDA is visible.
@@ -31,6 +31,7 @@ for _package in ("transformer_engine", "apex"):
     sys.modules.setdefault(_package, None)  # type: ignore[arg-type]
 
 import torch
+import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
 from megatron_syne.config.schema import PrecisionConfig, RunConfig
@@ -113,13 +114,34 @@ class GroupStepAdamW(torch.optim.Optimizer):
             )
 
 
-class SequenceParallelRMSNorm(torch.nn.RMSNorm):
-    """RMSNorm whose gradient the engine sums over TP when sequence parallelism is on."""
+class LocalNorm(torch.nn.Module):
+    """RMSNorm or LayerNorm, as the engine's configuration says, over the last dimension.
+
+    A zero-centred weight is kept less 1; the sum is taken in fp32, as Transformer Engine does.
+    """
 
     def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
-        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
-        # read by finalize_model_grads: each TP rank has seen only its part of the sequence
-        self.weight.sequence_parallel = config.sequence_parallel
+        super().__init__()
+        self.eps = eps
+        self.zero_centered = bool(config.layernorm_zero_centered_gamma)
+        start = torch.zeros if self.zero_centered else torch.ones
+        self.weight = torch.nn.Parameter(start(hidden_size, dtype=config.params_dtype))
+        self.bias: torch.nn.Parameter | None = None
+        if config.normalization == "LayerNorm":
+            self.bias = torch.nn.Parameter(torch.zeros(hidden_size, dtype=config.params_dtype))
+        for parameter in self.parameters():
+            # read by finalize_model_grads: each TP rank has seen only its part of the sequence
+            parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``[..., hidden]`` -> the same shape and format."""
+        dtype, weight, bias = x.dtype, self.weight, self.bias
+        if self.zero_centered:
+            x, weight = x.float(), weight.float() + 1
+            bias = None if bias is None else bias.float()
+        if bias is None:
+            return F.rms_norm(x, weight.shape, weight, self.eps).to(dtype)
+        return F.layer_norm(x, weight.shape, weight, bias, self.eps).to(dtype)
 
 
 _bridge: _CudaToCpu | None = None
@@ -183,10 +205,10 @@ class CpuPlatform(Platform):
     def layer_spec(self) -> tuple[Any, Any]:
         from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 
-        spec = get_gpt_layer_local_spec(normalization="RMSNorm")
-        spec.submodules.input_layernorm = SequenceParallelRMSNorm
-        spec.submodules.pre_mlp_layernorm = SequenceParallelRMSNorm
-        return spec, SequenceParallelRMSNorm
+        spec = get_gpt_layer_local_spec()
+        spec.submodules.input_layernorm = LocalNorm
+        spec.submodules.pre_mlp_layernorm = LocalNorm
+        return spec, LocalNorm
 
     def engine_options(self, config: RunConfig) -> dict[str, Any]:
         return {

@@ -98,6 +98,7 @@ class CudaPlatform(Platform):
     def layer_spec(self) -> tuple[Any, Any]:
         from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 
+        # Kind of the norms, zero-centred weights and biases: these layers take them from the configuration.
         return get_gpt_layer_with_transformer_engine_spec(), None
 
     def engine_options(self, config: RunConfig) -> dict[str, Any]:

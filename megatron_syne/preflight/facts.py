@@ -61,11 +61,6 @@ class Facts:
         return value
 
 
-def divisors(number: int, least: int = 1) -> list[int]:
-    """Divisors of a number from ``least`` on, ascending."""
-    return [each for each in range(least, number + 1) if number % each == 0]
-
-
 def nearest(value: int, legal: Iterable[int]) -> str:
     """The legal values around ``value``, for people: ``8 or 16``."""
     choices = sorted(set(legal))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable, Iterator
-from math import gcd, prod
+from math import prod
 
 from megatron_syne.config.arithmetic import (
     resolved_overlap_p2p_comm,
@@ -23,7 +23,7 @@ from megatron_syne.config.tree import one_error
 from megatron_syne.data.mixture import plan_mixture
 from megatron_syne.errors import ConfigError
 from megatron_syne.parallel.topology import chunk_layers, data_parallel_size
-from megatron_syne.preflight.facts import Facts, PlatformName, divisors, nearest, nearest_multiples
+from megatron_syne.preflight.facts import Facts, PlatformName, nearest, nearest_multiples
 
 Problems = Iterator[str]
 Rule = Callable[[Facts], Problems]
@@ -80,13 +80,33 @@ def context_parallel_is_one(facts: Facts) -> Problems:
 
 
 def tensor_parallel_divides(facts: Facts) -> Problems:
-    """TP divides query heads, KV heads and the feed-forward width."""
+    """TP divides query heads, KV heads and the feed-forward width; beyond the KV heads it is a multiple of
+    them, and the fused rows of query, key and value are cut evenly."""
     tp = facts.config.parallel.tensor_model_parallel_size
-    keys = ("model.num_attention_heads", "model.num_query_groups", "model.ffn_hidden_size")
-    legal = divisors(gcd(*(facts.number(key) for key in keys)))
-    for key in keys:
-        if facts.number(key) % tp:
-            yield f"{facts.at(_TP)} does not divide {facts.at(key)}; nearest legal: {nearest(tp, legal)}"
+    heads, groups, width = (
+        "model.num_attention_heads",
+        "model.num_query_groups",
+        "model.ffn_hidden_size",
+    )
+    count = facts.number(groups)
+    rows = (facts.number(heads) + 2 * count) * facts.number("model.kv_channels")
+
+    def broken(size: int) -> list[str]:
+        keys = [key for key in (heads, width) if facts.number(key) % size]
+        if count % size and (size % count or rows % size):
+            keys.append(groups)
+        return keys
+
+    legal = [size for size in range(1, facts.number(heads) + 1) if not broken(size)]
+    for key in broken(tp):
+        why = f"does not divide {facts.at(key)}"
+        if key == groups and tp > count:
+            why += (
+                " and is no multiple of it"
+                if tp % count
+                else f", nor the {rows} rows of query, key and value"
+            )
+        yield f"{facts.at(_TP)} {why}; nearest legal: {nearest(tp, legal)}"
 
 
 def sequence_parallel_fits(facts: Facts) -> Problems:
@@ -360,6 +380,7 @@ AT_LEAST_ONE = (
         f"model.{name}"
         for name in ("num_query_groups", "kv_channels", "vocab_size", "make_vocab_size_divisible_by")
     ),
+    "model.window_size",
     *(_TP, _PP, _VPP, "parallel.context_parallel_size", "parallel.data_parallel_size"),
     *(f"parallel.num_layers_in_{end}_pipeline_stage" for end in ("first", "last")),
     "data.seq_length",

@@ -15,9 +15,10 @@ from typing import Any
 import pytest
 
 from megatron_syne.config.schema import ModelConfig, ParallelConfig
-from megatron_syne.convert.llama import TIED_OUTPUT
 from megatron_syne.convert.pieces import local_shape
-from megatron_syne.convert.table import find, stage_entries
+from megatron_syne.convert.table import find, stage_entries, table_of
+from megatron_syne.models.config import resolve_model
+from megatron_syne.models.family import known
 from megatron_syne.parallel.topology import chunk_layers, coordinates, world_size_of
 
 STUB = Path(__file__).with_name("te_stub.py")
@@ -52,6 +53,13 @@ CASES: dict[str, dict[str, Any]] = {
     "tied-pp2": {
         "model": MODEL | {"share_embeddings_and_output_weights": True},
         "parallel": {"pipeline_model_parallel_size": 2},
+    },
+    **{
+        f"{family}-tp4": {
+            "model": MODEL | {"model_type": family},  # more ranks than key/value heads
+            "parallel": {"tensor_model_parallel_size": 4, "sequence_parallel": True},
+        }
+        for family in known()
     },
     "fp8-delayed": {"model": MODEL, "precision": {"fp8": "delayed"}},
     "fp8-tensorwise": {"model": MODEL, "precision": {"fp8": "tensorwise", "first_last_layers_bf16": True}},
@@ -123,7 +131,8 @@ def expected(case: str, rank: int) -> dict[str, list[int]]:
     }
 
 
-@pytest.mark.parametrize("case", CASES)
+# Other families are compared with their tables below.
+@pytest.mark.parametrize("case", [name for name in CASES if CASES[name]["model"]["model_type"] == "llama"])
 def test_names_and_shapes_of_every_rank(built: dict[str, Any], case: str) -> None:
     ranks = built[case]
     assert len(ranks) == world_size_of(ParallelConfig(**CASES[case].get("parallel", {})))
@@ -134,7 +143,7 @@ def test_names_and_shapes_of_every_rank(built: dict[str, Any], case: str) -> Non
 @pytest.mark.parametrize("case", CASES)
 def test_conversion_table_has_these_names(built: dict[str, Any], case: str) -> None:
     """Each parameter is found under its name and wanted in this shape; the table has no other for the stage."""
-    model = ModelConfig(**CASES[case]["model"])
+    model = resolve_model(ModelConfig(**CASES[case]["model"]))
     parallel = ParallelConfig(**CASES[case].get("parallel", {}))
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     chunks = chunk_layers(parallel, MODEL["num_layers"])
@@ -145,5 +154,5 @@ def test_conversion_table_has_these_names(built: dict[str, Any], case: str) -> N
         table = {entry.te or entry.megatron for entry in stage_entries(model, chunks, stage)}
         if model.share_embeddings_and_output_weights and stage == pp - 1 > 0:
             table.add("output_layer.weight")  # the copy of the embedding, filled from the same tensor
-            assert find("output_layer.weight", model) == TIED_OUTPUT
+            assert find("output_layer.weight", model) == table_of(model).tied_output
         assert table == set(shapes), f"rank {rank}"

@@ -19,6 +19,7 @@ import torch
 import transformers
 
 from megatron_syne.config.schema import ModelConfig
+from megatron_syne.models.config import resolve_model
 from megatron_syne.models.hf_config import hf_config_from_model, model_config_from_hf
 from megatron_syne.models.json_file import read_json
 
@@ -38,11 +39,19 @@ PLAIN = ModelConfig(
     share_embeddings_and_output_weights=False,
     init_method_std=0.2,  # large, so that attention is far from uniform and positions matter
 )
+SCALED = {"rope_scaling_factor": 8.0, "rope_low_freq_factor": 2.0, "rope_high_freq_factor": 3.0}
 MODELS = {
-    "plain": PLAIN,
-    "llama3-scaled": replace(PLAIN, rope_scaling_factor=8.0),
-    "tied": replace(PLAIN, share_embeddings_and_output_weights=True),
-    "wide-heads": replace(PLAIN, kv_channels=32, rotary_base=10000.0),
+    name: resolve_model(replace(PLAIN, **changes))
+    for name, changes in {
+        "plain": {},
+        "llama3-scaled": {"rope_scaling_factor": 8.0},
+        "scaled-otherwise": SCALED | {"rope_original_max_position_embeddings": 512},
+        "tied": {"share_embeddings_and_output_weights": True},
+        "wide-heads": {"kv_channels": 32, "rotary_base": 10000.0},
+        "mistral": {"model_type": "mistral"},
+        "mistral-window": {"model_type": "mistral", "window_size": 5},
+        "qwen2": {"model_type": "qwen2", "share_embeddings_and_output_weights": True},
+    }.items()
 }
 
 
@@ -78,7 +87,7 @@ def write_model(folder: Path, model: ModelConfig) -> None:
     """Random weights under transformers' names, and our ``config.json``."""
     ours = hf_config_from_model(model, "float32", bos_token_id=1, eos_token_id=2)
     torch.manual_seed(7)
-    built = transformers.LlamaForCausalLM(transformers.LlamaConfig(**ours))
+    built = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**ours))
     built.save_pretrained(folder)
     (folder / "config.json").write_text(json.dumps(ours), encoding="utf-8")
 

@@ -25,14 +25,14 @@ def main() -> None:
     tokens = torch.arange(3, 3 + LENGTH)[None] * 7 % 60
     positions = torch.arange(LENGTH)[None] * STRIDE
     for name, folder in request["logits"].items():
-        model = transformers.LlamaForCausalLM.from_pretrained(
+        model = transformers.AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.float32, attn_implementation="eager", local_files_only=True
         )
         with torch.no_grad():
             logits = model(input_ids=tokens, position_ids=positions).logits
         answer["logits"][name] = logits.flatten().tolist()
     for source, target in request.get("save", {}).values():
-        model = transformers.LlamaForCausalLM.from_pretrained(source, local_files_only=True)
+        model = transformers.AutoModelForCausalLM.from_pretrained(source, local_files_only=True)
         model.save_pretrained(target)
     json.dump(answer, sys.stdout)
 

@@ -10,9 +10,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from megatron_syne.config.schema import ModelConfig, ParallelConfig
-from megatron_syne.convert import llama
+from megatron_syne.convert.families import llama
 from megatron_syne.convert.pieces import Piece, hf_shapes, local_shape, matrix, overlap, pieces
-from megatron_syne.convert.shards_io import make_layout
+from megatron_syne.convert.formats.shards import make_layout
 from megatron_syne.convert.table import at_layer, entries, find, hf_tensors
 from megatron_syne.errors import ConfigError
 from megatron_syne.models.config import padded_vocab_size
@@ -198,7 +198,7 @@ def test_unknown_names(name: str, word: str) -> None:
     ("changes", "tp", "words"),
     [
         ({"num_attention_heads": 6, "num_query_groups": 2}, 4, ["4", "num_attention_heads 6", "1, 2"]),
-        ({"num_query_groups": 2}, 4, ["num_query_groups 2", "share one key/value head"]),
+        ({"num_attention_heads": 12, "num_query_groups": 3}, 4, ["num_query_groups 3", "1, 3, 6, 12"]),
         ({"ffn_hidden_size": 10}, 4, ["ffn_hidden_size 10", "1, 2"]),
     ],
 )

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_syne.config.schema import ModelConfig
 from megatron_syne.errors import ConfigError, DataError, MissingInput, SecurityRefusal
-from megatron_syne.models.config import model_differences, padded_vocab_size, resolve_model
-from megatron_syne.models.hf_config import PRESETS, config_dtype, hf_config_from_model, model_config_from_hf
+from megatron_syne.models.config import PRESETS, model_differences, padded_vocab_size, resolve_model
+from megatron_syne.models.family import LLAMA_CONSTANTS, ROPE_DEFAULTS, completed, family_of, known
+from megatron_syne.models.hf_config import config_dtype, hf_config_from_model, model_config_from_hf
 from megatron_syne.models.json_file import read_json
 
 LLAMA3_ROPE = {
@@ -88,9 +89,15 @@ def test_older_rope_scaling_reads_the_same() -> None:
 def test_absent_fields_take_transformers_defaults() -> None:
     from transformers import LlamaConfig
 
-    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": 100}
+    sizes: dict[str, Any] = {
+        "model_type": "llama",
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "vocab_size": 100,
+    }
     sizes["num_attention_heads"] = 4
-    model, default = model_config_from_hf(sizes, "x"), LlamaConfig(**sizes)
+    model, default = model_config_from_hf(sizes, "x"), LlamaConfig(**without(sizes, "model_type"))
     assert model.num_query_groups == default.num_key_value_heads
     assert model.kv_channels == default.head_dim
     assert model.layernorm_epsilon == default.rms_norm_eps
@@ -103,6 +110,8 @@ def test_absent_fields_take_transformers_defaults() -> None:
 REFUSED: dict[str, tuple[dict[str, Any], type[Exception], list[str]]] = {
     "architecture": ({"architectures": ["MistralForCausalLM"]}, DataError, ["Mistral", "LlamaForCausalLM"]),
     "model type": ({"model_type": "qwen2"}, DataError, ["qwen2", "'llama'"]),
+    "unknown family": ({"model_type": "gpt2"}, DataError, ["gpt2", "'llama'"]),
+    "family not named": ({"model_type": None, "architectures": None}, DataError, ["None", "'llama'"]),
     "two architectures": ({"architectures": ["LlamaForCausalLM", "X"]}, DataError, ["X"]),
     "code": ({"auto_map": {"AutoModel": "x.Y"}}, SecurityRefusal, ["auto_map", "never"]),
     "quantised": ({"quantization_config": {"bits": 4}}, DataError, ["quantization_config"]),
@@ -114,14 +123,31 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], list[str]]] = {
     "linear rope": ({"rope_scaling": {"type": "linear", "factor": 2.0}}, DataError, ["linear", "llama3"]),
     "yarn rope": ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, DataError, ["yarn"]),
     "rope constants": (
-        {"rope_scaling": LLAMA3_ROPE | {"high_freq_factor": 8.0}},
+        {"rope_scaling": LLAMA3_ROPE | {"high_freq_factor": 1.0}},
         DataError,
-        ["high_freq_factor", "8.0", "4.0"],
+        ["high_freq_factor", "1.0", "low_freq_factor"],
     ),
     "rope length": (
         {"rope_scaling": without(LLAMA3_ROPE, "original_max_position_embeddings")},
         DataError,
-        ["original_max_position_embeddings", "8192"],
+        ["original_max_position_embeddings", "None"],
+    ),
+    "rope length broken": (
+        {"rope_scaling": LLAMA3_ROPE | {"original_max_position_embeddings": 8192.5}},
+        DataError,
+        ["original_max_position_embeddings", "8192.5"],
+    ),
+    "rope base within the scaling": (
+        {"rope_scaling": LLAMA3_ROPE | {"rope_theta": 10000.0}},
+        DataError,
+        ["10000", "500000", "disagrees"],
+    ),
+    "dynamic rope": ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, DataError, ["dynamic"]),
+    "layer types": ({"layer_types": ["full_attention"] * 31}, DataError, ["layer_types", "32"]),
+    "dual chunk": (
+        {"dual_chunk_attention_config": {"chunk_size": 1}},
+        DataError,
+        ["dual_chunk_attention_config"],
     ),
     "rope factor": ({"rope_scaling": without(LLAMA3_ROPE, "factor")}, DataError, ["factor"]),
     "rope unknown key": ({"rope_scaling": LLAMA3_ROPE | {"beta": 1}}, DataError, ["beta"]),
@@ -160,6 +186,15 @@ def test_refused_by_name(case: str) -> None:
         assert word in str(caught.value)
 
 
+def test_every_constant_of_the_scaling_is_read() -> None:
+    scaling = {"rope_type": "llama3", "factor": 3.0, "low_freq_factor": 2, "high_freq_factor": 5.5}
+    scaling["original_max_position_embeddings"] = 1024
+    model = model_config_from_hf(llama3_8b(rope_scaling=scaling), "x")
+    assert (model.rope_scaling_factor, model.rope_low_freq_factor, model.rope_high_freq_factor) == (3, 2, 5.5)
+    assert model.rope_original_max_position_embeddings == 1024
+    assert hf_config_from_model(model, "float32")["rope_scaling"] == scaling
+
+
 def test_all_problems_at_once() -> None:
     with pytest.raises(DataError) as caught:
         model_config_from_hf(llama3_8b(mlp_bias=True, hidden_act="relu", new_thing=1, vocab_size=-5), "x")
@@ -167,32 +202,39 @@ def test_all_problems_at_once() -> None:
         assert word in str(caught.value)
 
 
-models = st.builds(
-    lambda heads, groups, head, factor, **rest: ModelConfig(
-        model_type="llama",
-        num_attention_heads=heads * groups,
+@st.composite
+def models(draw: st.DrawFn) -> ModelConfig:
+    """Any model of any family."""
+    family = family_of(draw(st.sampled_from(known())))
+    groups = draw(st.integers(1, 8))
+    model = ModelConfig(
+        model_type=family.model_type,
+        num_attention_heads=groups * draw(st.integers(1, 8)),
         num_query_groups=groups,
-        kv_channels=2 * head,
-        rope_scaling_factor=factor,
-        **rest,
-    ),
-    heads=st.integers(1, 8),
-    groups=st.integers(1, 8),
-    head=st.integers(1, 64),
-    factor=st.none() | st.floats(1, 64),
-    num_layers=st.integers(1, 100),
-    hidden_size=st.integers(1, 10000),
-    ffn_hidden_size=st.integers(1, 10000),
-    vocab_size=st.integers(1, 200000),
-    max_position_embeddings=st.integers(1, 200000),
-    layernorm_epsilon=st.floats(1e-8, 1e-3),
-    rotary_base=st.floats(1, 1e7),
-    share_embeddings_and_output_weights=st.booleans(),
-    init_method_std=st.floats(1e-4, 1),
-)
+        kv_channels=2 * draw(st.integers(1, 64)),
+        num_layers=draw(st.integers(1, 100)),
+        hidden_size=draw(st.integers(1, 10000)),
+        ffn_hidden_size=draw(st.integers(1, 10000)),
+        vocab_size=draw(st.integers(1, 200000)),
+        max_position_embeddings=draw(st.integers(1, 200000)),
+        layernorm_epsilon=draw(st.floats(1e-8, 1e-3)),
+        rotary_base=draw(st.floats(1, 1e7)),
+        share_embeddings_and_output_weights=draw(st.booleans()),
+        init_method_std=draw(st.floats(1e-4, 1)),
+        **family.constants,
+    )
+    if "window_size" in {field.name for field in family.fields}:
+        model.window_size = draw(st.none() | st.integers(1, 10000))
+    if draw(st.booleans()):
+        model.rope_scaling_factor = draw(st.floats(1, 64))
+        model.rope_low_freq_factor = draw(st.floats(0.5, 4))
+        model.rope_high_freq_factor = model.rope_low_freq_factor + draw(st.floats(0.5, 8))
+        model.rope_original_max_position_embeddings = draw(st.integers(1, 200000))
+    return model
 
 
-@given(models, st.sampled_from(["float32", "bfloat16"]))
+@settings(deadline=None)
+@given(models(), st.sampled_from(["float32", "bfloat16"]))
 def test_the_written_config_reads_back_and_carries_both_forms(model: ModelConfig, dtype: str) -> None:
     config = json.loads(json.dumps(hf_config_from_model(model, dtype, 1, [2, 3])))
     assert model_config_from_hf(config, "x") == model
@@ -205,6 +247,8 @@ def test_transformers_reads_the_written_config() -> None:
     from transformers import LlamaConfig
 
     for preset in PRESETS.values():
+        if preset.model_type != "llama":
+            continue
         read = LlamaConfig(**hf_config_from_model(preset, "bfloat16", 128000, 128001))
         assert (read.rope_theta, read.head_dim) == (preset.rotary_base, preset.kv_channels)
         assert read.num_key_value_heads == preset.num_query_groups
@@ -246,7 +290,15 @@ def test_resolve_names_all_missing_fields() -> None:
     message = str(caught.value)
     for field in dataclasses.fields(ModelConfig):
         given = {"num_layers", "hidden_size", "num_attention_heads", "model_type", "kv_channels"}
-        optional = {"hf_path", "preset", "rope_scaling_factor", "init_method_std"}
+        given |= set(LLAMA_CONSTANTS)
+        optional = {
+            "hf_path",
+            "preset",
+            "rope_scaling_factor",
+            *ROPE_DEFAULTS,
+            "window_size",
+            "init_method_std",
+        }
         named = f"model.{field.name}" in message
         assert named == (field.name not in given | optional | {"make_vocab_size_divisible_by"}), field.name
 
@@ -260,11 +312,43 @@ def test_resolve_names_all_missing_fields() -> None:
         (ModelConfig(preset="llama3_8b", num_query_groups=5), ConfigError, "num_query_groups 5"),
         (ModelConfig(preset="llama3_8b", num_layers=0), ConfigError, "num_layers"),
         (ModelConfig(preset="llama3_8b", model_type="gpt2"), ConfigError, "gpt2"),
+        (ModelConfig(preset="llama3_8b", normalization="LayerNorm"), ConfigError, "normalization.*RMSNorm"),
+        (ModelConfig(preset="llama3_8b", add_qkv_bias=True), ConfigError, "add_qkv_bias"),
+        (ModelConfig(preset="llama3_8b", window_size=4096), ConfigError, "window_size"),
+        (ModelConfig(preset="mistral_7b_v0_1", window_size=0), ConfigError, "window_size"),
+        (ModelConfig(preset="llama3_8b", rope_low_freq_factor=2.0), ConfigError, "rope_scaling_factor"),
+        (ModelConfig(preset="llama3_1_8b", rope_high_freq_factor=0.5), ConfigError, "rope_high_freq_factor"),
     ],
 )
 def test_resolve_refuses(model: ModelConfig, error: type[Exception], word: str) -> None:
     with pytest.raises(error, match=word):
         resolve_model(model)
+
+
+def test_a_record_without_the_newer_fields_is_the_same_model() -> None:
+    """Manifests and run records of earlier versions have neither the norms' fields nor three rope constants."""
+    for name in ("llama3_8b", "llama3_1_8b"):
+        record = dataclasses.asdict(PRESETS[name])
+        for field in (*LLAMA_CONSTANTS, *ROPE_DEFAULTS, "window_size"):
+            del record[field]
+        assert resolve_model(ModelConfig(**record)) == completed(ModelConfig(**record)) == PRESETS[name]
+        assert model_differences(ModelConfig(**record), PRESETS[name]) == []
+        assert hf_config_from_model(ModelConfig(**record), "float32") == hf_config_from_model(
+            PRESETS[name], "float32"
+        )
+
+
+def test_layer_types_follow_the_number_of_layers() -> None:
+    base = llama3_8b(layer_types=["full_attention"] * 32)
+    deeper = dataclasses.replace(model_config_from_hf(base, "x"), num_layers=40)
+    assert hf_config_from_model(deeper, "float32", base=base)["layer_types"] == ["full_attention"] * 40
+
+
+def test_preset_names_are_one_familys() -> None:
+    names = [name for model_type in known() for name in family_of(model_type).presets]
+    assert len(names) == len(set(names)) == len(PRESETS)
+    for name, preset in PRESETS.items():
+        assert resolve_model(dataclasses.replace(preset)) == preset, name
 
 
 @pytest.mark.parametrize(

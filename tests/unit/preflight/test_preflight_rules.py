@@ -91,6 +91,18 @@ BROKEN: dict[str, tuple[list[str], list[str]]] = {
         [f"{TP}=3", "model.num_attention_heads=6", "model.num_query_groups=2", "model.ffn_hidden_size=48"],
         [f"{TP} = 3 (command line) does not divide model.num_query_groups = 2", "nearest legal: 2"],
     ),
+    "TP above the KV heads": (
+        [f"{TP}=6", "model.num_attention_heads=12", "model.kv_channels=8"],
+        [
+            f"{TP} = 6 (command line) does not divide model.num_query_groups = 4",
+            "no multiple",
+            "nearest legal: 4",
+        ],
+    ),
+    "TP and the rows of QKV": (
+        [f"{TP}=6", "model.num_attention_heads=6", "model.num_query_groups=2", "model.kv_channels=8"],
+        ["does not divide model.num_query_groups = 2", "nor the 80 rows", "nearest legal: 2"],
+    ),
     "TP and FFN": (
         [f"{TP}=4", "model.ffn_hidden_size=190"],
         [f"{TP} = 4 (command line) does not divide model.ffn_hidden_size = 190", "nearest legal: 2"],
