@@ -75,7 +75,7 @@ def main(argv: list[str] | None = None) -> int:
 def open_inputs(config: RunConfig, model: ModelConfig) -> None:
     """Open what the run will read, so that a bad input is told before anything is written or started."""
     from megatron_syne.checkpoint.folder import checkpoint_folders, is_checkpoint, read_manifest
-    from megatron_syne.convert.source import open_source
+    from megatron_syne.convert.weights import open_source
     from megatron_syne.data.build import training_dataset, validation_datasets
 
     vocab_size = model.vocab_size or 0
@@ -213,7 +213,7 @@ def initialize(config: RunConfig, model: ModelConfig, chunks: list[Any]) -> None
     """Fill the weights from a Hugging Face folder, converted shards, or another run's checkpoint."""
     from megatron_syne.checkpoint import manager as checkpoints
     from megatron_syne.checkpoint.folder import is_checkpoint
-    from megatron_syne.convert.source import open_source
+    from megatron_syne.convert.weights import open_source
     from megatron_syne.models.gpt import load_weights
 
     path = Path(config.checkpoint.initialize_from or "")

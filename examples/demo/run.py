@@ -57,7 +57,7 @@ def main() -> None:
     seconds = {
         "import": step(
             "1 of 4: import the Hugging Face model into TP 2 x PP 2 shards",
-            [*convert, "import", "--hf", str(BASE), "--out", str(RUNS / "shards"), "--tensor-model-parallel-size", "2",
+            [*convert, "import", "--from", str(BASE), "--out", str(RUNS / "shards"), "--tensor-model-parallel-size", "2",
              "--pipeline-model-parallel-size", "2"],
             [*convert, "verify", str(RUNS / "shards")],
         ),

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from megatron_syne.config.schema import ModelConfig
-from megatron_syne.convert.files import exists_inside, new_folder, read_json_inside, write_json
-from megatron_syne.convert.hf_io import copy_artifacts
-from megatron_syne.convert.shards_io import HF_FOLDER
-from megatron_syne.convert.shards_io import MANIFEST as SHARDS_MANIFEST
+from megatron_syne.convert.files import exists_inside, new_folder, read_json_inside
+from megatron_syne.convert.formats.documents import CONFIG, HF_FOLDER, json_document, read_artifacts
+from megatron_syne.convert.numbers import SHORT_NAMES, TORCH_NAMES
 from megatron_syne.models.hf_config import hf_config_from_model
-
-_TORCH_NAMES = {"bf16": "bfloat16", "fp32": "float32"}
 
 
 def collect_artifacts(
@@ -32,18 +30,20 @@ def collect_artifacts(
     origin = [_artifacts_of(Path(initialize_from))] if initialize_from else []
     if model.hf_path:
         origin.append(Path(model.hf_path))
-    base = next((read_json_inside(o, "config.json") for o in origin if exists_inside(o, "config.json")), None)
+    base = next(
+        (read_json_inside(folder, CONFIG) for folder in origin if exists_inside(folder, CONFIG)), None
+    )
+    config = hf_config_from_model(model, TORCH_NAMES[SHORT_NAMES[params_dtype]], base=base)
+    documents = read_artifacts([*sources, *origin]) | {CONFIG: json_document(config)}
     target.parent.mkdir(parents=True, exist_ok=True)
     with new_folder(target) as scratch:
-        write_json(
-            scratch / "config.json", hf_config_from_model(model, _TORCH_NAMES[params_dtype], base=base)
-        )
-        copied = ["config.json"]
-        for folder in [*sources, *origin]:
-            if folder.is_dir():
-                copied += copy_artifacts(folder, scratch, skip=tuple(copied))
+        for name, content in documents.items():
+            with (scratch / name).open("xb") as stream:
+                stream.write(content)
+                stream.flush()
+                os.fsync(stream.fileno())
 
 
 def _artifacts_of(path: Path) -> Path:
     """Where a Hugging Face folder, a folder of shards or a checkpoint keeps them."""
-    return path / HF_FOLDER if exists_inside(path, SHARDS_MANIFEST) else path
+    return path / HF_FOLDER if exists_inside(path, HF_FOLDER) else path

@@ -1,36 +1,47 @@
 """``certificate.json``: what was converted from what, by hash, and the check of it from the files alone.
 
-Of shards it holds: the source's files and tensors, each shard file, and for every tensor in it the rectangles
-of source tensors that it is made of and its padding. :func:`verify` hashes the files, puts every source tensor
-together again from the shards and compares; the source itself is not needed, but can be checked as well.
+Of every Hugging Face tensor it holds the BLAKE3 of its bytes as a reader of the folder gets them; of every
+file which rectangles of which tensors lie in it, and the hash of all its other bytes; of the source each
+file's SHA-256, as the Hugging Face hub shows it, and what the source's own certificate says of its source.
+:func:`verify` derives all of it from the files again; the source is not needed, but can be checked as well.
 """
 
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
+from blake3 import blake3
 
 from megatron_syne import __version__
-from megatron_syne.convert.files import (
-    Progress,
-    quiet,
-    read_json_inside,
-    sha256_inside,
+from megatron_syne.convert.files import Progress, open_inside, quiet, read_exactly, read_json_inside
+from megatron_syne.convert.numbers import ITEM_BYTES
+from megatron_syne.convert.pieces import matrix
+from megatron_syne.convert.slices import end_of, free_spans, places_by_file, slices
+from megatron_syne.convert.streams import Place, StoredWeights, Weights
+from megatron_syne.convert.tiles import (
+    HASH_BLOCK_BYTES,
+    Buffers,
+    Count,
+    hash_spans,
+    hash_tensor,
+    large_first,
+    sha256_file,
 )
-from megatron_syne.convert.pieces import Entry, Kind, Piece, local_shape, matrix, pieces
-from megatron_syne.convert.safetensors_io import DTYPES, TensorFile, tensor_sha256
-from megatron_syne.convert.shards_io import WEIGHTS, Layout, open_shards, rank_folder, read_manifest
-from megatron_syne.convert.table import hf_tensors
+from megatron_syne.convert.workers import Task, job_count, work
 from megatron_syne.errors import DataError
 
 CERTIFICATE = "certificate.json"
 FORMAT = "megatron_syne.certificate"
-VERSION = 1
+VERSION = 2
+KINDS = ("hf", "shards", "torch_dist")
+
+Hashes = dict[str, dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -42,159 +53,277 @@ class Verified:
     tensors: int
     size_bytes: int
     fingerprint: str
+    notes: list[str] = field(default_factory=list)
+    """What a reader should know: tensors whose format is not the source's, a source that was not compared."""
 
 
 def new_certificate(kind: str, **parts: Any) -> dict[str, Any]:
-    """A certificate of ``kind`` (``shards`` or ``hf``) with the given parts."""
+    """A certificate of a folder of ``kind`` with the given parts."""
     tool = f"megatron_syne {__version__}"
     return {"format": FORMAT, "version": VERSION, "tool": tool, "kind": kind, **parts}
 
 
 def read_certificate(folder: Path) -> dict[str, Any]:
-    """The certificate of a folder. Raises MissingInput, or DataError where it is not one."""
+    """The certificate of a folder. Raises MissingInput, or DataError where it is not one of this version."""
     raw = read_json_inside(folder, CERTIFICATE)
     where = str(folder / CERTIFICATE)
     if raw.get("format") != FORMAT or raw.get("version") != VERSION:
+        older = raw.get("format") == FORMAT and raw.get("version") == 1
         raise DataError(
-            f"{where}: format {raw.get('format')!r} version {raw.get('version')!r}; "
-            f"this program reads {FORMAT!r} version {VERSION}"
+            f"{where}: format {raw.get('format')!r} version {raw.get('version')!r}; this program reads "
+            f"{FORMAT!r} version {VERSION}" + ("; convert the source again" if older else "")
         )
     try:
-        good = raw["kind"] in ("hf", "shards")
-        good &= all({"dtype", "shape", "sha256"} <= set(tensor) for tensor in raw["tensors"].values())
-        files = raw["files"] | (raw["source"]["files"] if raw["kind"] == "shards" else {})
-        good &= all(isinstance(sha256, str) for sha256 in files.values())
-        if raw["kind"] == "shards":
-            good &= all(isinstance(rank, dict) for rank in raw["shards"].values())
-            good &= isinstance(raw["ignored"], list)
+        source = raw["source"]
+        good = raw["kind"] in KINDS and isinstance(raw["tool"], str)
+        good &= isinstance(raw["ignored"], list) and isinstance(raw["layout"], dict)
+        good &= all(_has(t, dtype=str, shape=list, blake3=str) for t in raw["tensors"].values())
+        good &= all(_has(f, size=int, rest=str) for f in raw["files"].values())
+        good &= all(_has(d, size=int, sha256=str) for d in raw["documents"].values())
+        good &= all(_has(f, size=int, sha256=str) for f in source["files"].values())
+        good &= all(
+            _has(p, pieces=list) and "padding_rows" in p
+            for parameters in raw["slices"].values()
+            for p in parameters.values()
+        )
     except (KeyError, TypeError, AttributeError):
         good = False
     if not good:
         raise DataError(
-            f"{where}: malformed: expected kind, files, tensors; of shards source, shards, ignored"
+            f"{where}: malformed: expected kind, tool, source, layout, tensors, slices, files, documents, "
+            f"ignored as megatron_syne writes them"
         )
     return raw
 
 
+def _has(entry: Mapping[str, Any], **types: type) -> bool:
+    return all(type(entry[key]) is kind for key, kind in types.items())
+
+
 def weights_fingerprint(tensors: Mapping[str, Mapping[str, Any]]) -> str:
     """One hash over all Hugging Face tensors: the same however they are cut and stored."""
-    digest = hashlib.sha256()
+    digest = blake3()
     for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tensor['dtype']} {tensor['shape']} {tensor['sha256']}\n".encode())
-    return f"sha256:{digest.hexdigest()}"
+        digest.update(f"{name} {tensor['dtype']} {list(tensor['shape'])} {tensor['blake3']}\n".encode())
+    return f"blake3:{digest.hexdigest()}"
 
 
-def describe_shard(entry: Entry, layout: Layout, tp_rank: int, sha256: str) -> dict[str, Any]:
-    """How one tensor of a shard stands in the certificate: its hash, its pieces as text, its padding rows."""
-    rows = local_shape(entry, layout.model, layout.tp_size)[0]
-    own = pieces(entry, layout.model, tp_rank, layout.tp_size)
-    filled = max((p.at[0] + p.rows[1] - p.rows[0] for p in own), default=0)
-    return {
-        "sha256": sha256,
-        "pieces": [str(piece) for piece in own],
-        "padding_rows": [filled, rows] if filled < rows else None,
-    }
+def verify(folder: Path, source: Path | None = None, jobs: int = 0, progress: Progress = quiet) -> Verified:
+    """Check a folder against its certificate, all of it derived from the files again.
 
-
-def verify(folder: Path, source: Path | None = None, progress: Progress = quiet) -> Verified:
-    """Check a folder of shards or an exported Hugging Face folder against its certificate.
-
-    With ``source`` the files that the shards were made from are hashed as well. Raises DataError that names
-    the first difference.
+    With ``source``, a folder of weights in any format, the certificate's source files and tensors are compared
+    with it. Raises MissingInput, SecurityRefusal, and DataError that names the first difference.
     """
+    from megatron_syne.convert.formats.detect import open_weights  # which reads certificates itself
+
+    folder = Path(folder)
     certificate = read_certificate(folder)
-    sizes, hashes = _check_files(folder, certificate["files"], progress)
-    if certificate["kind"] == "shards":
-        _check_shards(folder, certificate, hashes, progress)
-    else:
-        found = {name: sha for tensors in hashes.values() for name, sha in tensors.items()}
-        recorded = {name: tensor["sha256"] for name, tensor in certificate["tensors"].items()}
-        _compare(f"{folder}: tensors", recorded, found)
-    if source is not None and certificate["kind"] == "shards":
-        for name, recorded_hash in certificate["source"]["files"].items():
-            if sha256_inside(source, name) != recorded_hash:
-                raise DataError(f"{source / name}: is not the file that {folder} was made from")
+    _check_listing(folder, certificate)
+    _check_documents(folder, certificate["documents"])
+    weights = open_weights(folder)
+    try:
+        _check_plan(folder, certificate, weights)
+        read = _verify_bytes(folder, certificate, weights, jobs, progress)
+    finally:
+        weights.close()
+    notes = [] if source is None else _verify_source(folder, certificate, Path(source), jobs, progress)
     return Verified(
         kind=certificate["kind"],
-        files=len(certificate["files"]),
+        files=len(certificate["files"]) + len(certificate["documents"]),
         tensors=len(certificate["tensors"]),
-        size_bytes=sizes,
+        size_bytes=read,
         fingerprint=weights_fingerprint(certificate["tensors"]),
+        notes=notes,
     )
 
 
-def _check_files(
-    folder: Path, files: Mapping[str, str], progress: Progress
-) -> tuple[int, dict[str, dict[str, str]]]:
-    """Hash every file; total size of the weights, and the tensors' hashes of each weight file."""
-    opened = {n: TensorFile(folder, *n.split("/")) for n in files if n.endswith(".safetensors")}
-    total = sum(file.size for file in opened.values())
-    done, hashes = 0, {}
+def _check_listing(folder: Path, certificate: dict[str, Any]) -> None:
+    listed = {*certificate["files"], *certificate["documents"], CERTIFICATE}
+    found = set()
+    for parent, folders, names in os.walk(folder):
+        links = [name for name in folders if (Path(parent) / name).is_symlink()]
+        found |= {(Path(parent) / name).relative_to(folder).as_posix() for name in (*names, *links)}
+    for name in sorted(listed - found):
+        raise DataError(f"{folder / name}: missing, but the certificate lists it")
+    for name in sorted(found - listed):
+        raise DataError(f"{folder / name}: not in the certificate; the conversion did not write it")
 
-    def count(size: int) -> None:
-        nonlocal done
-        done += size
-        progress("hashing", done, total)
 
-    for name, recorded in sorted(files.items()):
-        if name in opened:
-            found, hashes[name] = opened[name].hash(count)
-            opened[name].close()
+def _check_documents(folder: Path, documents: Mapping[str, dict[str, Any]]) -> None:
+    for name, recorded in sorted(documents.items()):
+        path = folder / name
+        with os.fdopen(open_inside(folder, *name.split("/")), "rb") as stream:
+            size, content = 0, hashlib.sha256()
+            while block := stream.read(HASH_BLOCK_BYTES):
+                content.update(block)
+                size += len(block)
+        _compare(str(path), recorded, {"size": size, "sha256": content.hexdigest()})
+
+
+def _check_plan(folder: Path, certificate: dict[str, Any], weights: StoredWeights) -> None:
+    """Kind, names, formats, shapes, file sizes and slices, before any weight is read."""
+    _compare(f"{folder}: kind", {"": certificate["kind"]}, {"": weights.kind})
+    tensors, files = certificate["tensors"], certificate["files"]
+    _compare(f"{folder}: dtype", {n: t["dtype"] for n, t in tensors.items()}, weights.dtypes)
+    shapes = {name: list(shape) for name, shape in weights.shapes.items()}
+    _compare(f"{folder}: shape", {n: t["shape"] for n, t in tensors.items()}, shapes)
+    sizes = {name: os.fstat(descriptor).st_size for name, descriptor in weights.descriptors.items()}
+    _compare(f"{folder}: size", {n: f["size"] for n, f in files.items()}, sizes)
+    recorded = certificate["slices"]
+    by_file = places_by_file(_all_places(weights))
+    starts = {file: sorted(p.rows_at(p.piece.rows)[0] for p in own) for file, own in by_file.items()}
+
+    def padding(file: str, last: Place) -> list[int] | None:
+        """The recorded padding, if it goes from the last piece to no further than what comes next, in zeros."""
+        entry = recorded.get(file, {}).get(last.parameter, {}).get("padding_rows")
+        if entry is None:
+            return None
+        filled, end = end_of(last)
+        stride = last.columns * ITEM_BYTES[last.dtype]
+        room = min((start for start in starts[file] if start >= end), default=sizes[file]) - end
+        if not (isinstance(entry, list) and len(entry) == 2 and all(type(x) is int for x in entry)):
+            raise DataError(
+                f"{folder / CERTIFICATE}: padding_rows of {last.parameter}: expected [start, stop]"
+            )
+        if entry[0] != filled or not filled < entry[1] <= filled + room // stride:
+            return [filled, filled]
+        stop = end + (entry[1] - filled) * stride
+        for at in range(end, stop, HASH_BLOCK_BYTES):
+            block = bytearray(min(HASH_BLOCK_BYTES, stop - at))
+            read_exactly(weights.descriptors[file], memoryview(block), at, str(folder / file))
+            if any(block):
+                raise DataError(f"{folder / file}: {last.parameter}: rows {entry} are padding, but not zero")
+        return entry
+
+    found = slices(_all_places(weights), padding)
+    _compare(f"{folder}: slices", dict.fromkeys(recorded, 0), dict.fromkeys(found, 0))
+    for file in sorted(found):
+        _compare(f"{folder / file}: slices", recorded[file], found[file])
+
+
+def _all_places(weights: StoredWeights) -> list[Place]:
+    return [p for source in (weights.places, weights.replicas) for own in source.values() for p in own]
+
+
+def _verify_bytes(
+    folder: Path, certificate: dict[str, Any], weights: StoredWeights, jobs: int, progress: Progress
+) -> int:
+    """Hash every tensor and the rest of every file, and compare; bytes of the files."""
+    tensors: dict[str, str] = {}
+    rest: dict[str, str] = {}
+
+    def hash_one(name: str, buffers: Buffers, count: Count) -> None:
+        dtype = weights.dtypes[name]
+        also = [p for p in weights.places[name] if p.dtype != dtype or p.shift]
+        tensors[name] = hash_tensor(
+            weights, name, dtype, [*also, *weights.replicas.get(name, ())], buffers, count
+        )
+
+    def hash_rest(file: str, own: list[Place], buffers: Buffers, count: Count) -> None:
+        descriptor = weights.descriptors[file]
+        gaps = free_spans(os.fstat(descriptor).st_size, own)
+        rest[file] = hash_spans(descriptor, gaps, blake3(), str(folder / file), buffers, count)
+
+    by_file = places_by_file(_all_places(weights))
+    tasks: list[Task] = [partial(hash_one, name) for name in large_first(weights)]
+    tasks += [partial(hash_rest, file, by_file.get(file, [])) for file in weights.descriptors]
+    total = sum(file["size"] for file in certificate["files"].values())
+    work([tasks], job_count(jobs), lambda done: progress("verifying", min(done, total), total))
+    for name, recorded in certificate["tensors"].items():
+        if tensors[name] != recorded["blake3"]:
+            files = ", ".join(sorted({place.file for place in weights.places[name]}))
+            raise DataError(
+                f"{folder}: {name} (in {files}) is not what the certificate says: blake3 {tensors[name]}, "
+                f"recorded {recorded['blake3']}"
+            )
+    for file, entry in certificate["files"].items():
+        if rest[file] != entry["rest"]:
+            raise DataError(
+                f"{folder / file}: its bytes beside the tensors (header, padding) are not what the certificate says"
+            )
+    progress("verifying", total, total)
+    return int(total)
+
+
+def _verify_source(
+    folder: Path, certificate: dict[str, Any], source: Path, jobs: int, progress: Progress
+) -> list[str]:
+    """Compare with a folder that should be what the certificate's was made from, at one remove or more; notes."""
+    from megatron_syne.convert.formats.detect import open_weights
+
+    weights = open_weights(source)
+    try:
+        paths, tensors = weights.files(), certificate["tensors"]
+        origin, changed_by = _origin(certificate["source"], set(paths))
+        missing = [name for name in origin["files"] if name not in paths]
+        if missing:
+            raise DataError(
+                f"{source}: {missing[0]} is not there, but {folder} was made from a file of that name"
+            )
+        notes = []
+        names: list[str] = []
+        if changed_by:
+            notes.append(f"{changed_by} changed the weights: of {source} the files alone are compared")
         else:
-            found = sha256_inside(folder, *name.split("/"))
-        if found != recorded:
-            raise DataError(f"{folder / name}: differs from the certificate: sha256 {found}, was {recorded}")
-    return total, hashes
+            shapes = {name: list(shape) for name, shape in weights.shapes.items()}
+            _compare(f"{source}: shape", {name: t["shape"] for name, t in tensors.items()}, shapes)
+            names = large_first(weights)
+            notes += _format_changes(weights, tensors)
+        hashes: dict[str, str] = {}
+        found: Hashes = {}
+
+        def hash_file(name: str, buffers: Buffers, count: Count) -> None:
+            found[name] = sha256_file(paths[name], buffers, count)
+
+        def hash_one(name: str, buffers: Buffers, count: Count) -> None:
+            hashes[name] = hash_tensor(weights, name, tensors[name]["dtype"], [], buffers, count)
+
+        files: list[Task] = [partial(hash_file, name) for name in origin["files"]]
+        todo: list[Task] = [partial(hash_one, name) for name in names]
+        total = sum(paths[name].stat().st_size for name in origin["files"])
+        total += sum(matrix(weights.shapes[n])[0] * weights.row_bytes(n) for n in names)
+        work([files, todo], job_count(jobs), lambda done: progress("source", min(done, total), total))
+        where = f"is not the file that {folder} was made from"
+        for name, entry in origin["files"].items():
+            recorded = {key: entry.get(key) for key in found[name]} if isinstance(entry, dict) else {}
+            _compare(f"{source / name} {where}", recorded, found[name])
+        for name in tensors:
+            if name in hashes and hashes[name] != tensors[name]["blake3"]:
+                raise DataError(f"{source}: {name} is not the tensor that {folder} holds")
+        progress("source", total, total)
+        return notes
+    finally:
+        weights.close()
 
 
-def _check_shards(
-    folder: Path, certificate: dict[str, Any], hashes: dict[str, dict[str, str]], progress: Progress
-) -> None:
-    layout = read_manifest(folder)
-    store = open_shards(folder, layout)
-    recorded, tensors = certificate["shards"], certificate["tensors"]
-    for tp_rank, pp_rank in layout.ranks():
-        rank = rank_folder(tp_rank, pp_rank)
-        found = hashes.get(f"{rank}/{WEIGHTS}", {})
-        expected = {
-            entry.megatron: describe_shard(entry, layout, tp_rank, found.get(entry.megatron, ""))
-            for entry in layout.stage(pp_rank)
-        }
-        _compare(f"{folder / rank}: tensors", recorded.get(rank, {}), expected)
-        for entry in layout.stage(pp_rank):  # of replicas the store reads the first only
-            if entry.kind is Kind.DIRECT:
-                (name,) = entry.hf
-                if found[entry.megatron] != tensors.get(name, {}).get("sha256"):
-                    raise DataError(f"{folder / rank}: {entry.megatron} is not the source's {name}")
-        _check_padding(folder / rank, expected)
-    shapes = hf_tensors(layout.model)
-    _compare(f"{folder}: tensors of the source", dict.fromkeys(tensors, 0), dict.fromkeys(shapes, 0))
-    for index, (name, shape) in enumerate(shapes.items(), 1):
-        rows, cols = matrix(shape)
-        whole = [Piece(name, (0, rows), (0, cols), (0, 0))]
-        if tensor_sha256(store.read(shape, whole, store.dtype(name))) != tensors[name]["sha256"]:
-            raise DataError(f"{folder}: {name}, put together from the shards, is not the source's")
-        progress("putting together", index, len(shapes))
-    for file in store.files():
-        file.close()
+def _origin(source: dict[str, Any], names: set[str]) -> tuple[dict[str, Any], str]:
+    """The source, or the source's own and so on, that has all its files among ``names`` (the first of all where
+    none has); and the kind of an operation that lies between and has changed the weights."""
+    changed_by, step = "", source
+    while isinstance(step, dict):
+        kind = str(step.get("kind"))
+        changed_by = changed_by or ("" if kind in (*KINDS, "megatron_pt") else kind)
+        files = step.get("files")
+        if isinstance(files, dict) and files and set(files) <= names:
+            return step, changed_by
+        step = step.get("certificate")  # type: ignore[assignment]
+    return source, changed_by
 
 
-def _check_padding(rank: Path, shards: Mapping[str, Any]) -> None:
-    file = TensorFile(rank, WEIGHTS)
-    for name, shard in shards.items():
-        if shard["padding_rows"] is not None:
-            start, stop = shard["padding_rows"]
-            info = file.tensors[name]
-            rest = torch.empty((stop - start, matrix(info.shape)[1]), dtype=DTYPES[info.dtype])
-            file.read_into(rest, name, (start, stop), (0, rest.shape[1]))
-            if rest.count_nonzero():
-                raise DataError(f"{rank}: {name}: rows {start} to {stop} are padding, but not zero")
-    file.close()
+def _format_changes(weights: Weights, tensors: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """One note for each pair of formats between which tensors were converted."""
+    pairs: dict[str, int] = {}
+    for name, tensor in tensors.items():
+        if weights.dtypes[name] != tensor["dtype"]:
+            pair = f"{weights.dtypes[name]} to {tensor['dtype']}"
+            pairs[pair] = pairs.get(pair, 0) + 1
+    return [f"{number} tensors were converted from {pair}" for pair, number in sorted(pairs.items())]
 
 
 def _compare(what: str, recorded: Mapping[str, Any], found: Mapping[str, Any]) -> None:
-    for name in sorted(set(recorded) | set(found)):
+    for name in [*recorded, *(name for name in found if name not in recorded)]:
+        where = f"{what}: {name}" if name else what
         if name not in recorded or name not in found:
-            raise DataError(f"{what}: {name} is {'not in the certificate' if name in found else 'not there'}")
+            raise DataError(f"{where} is {'not in the certificate' if name in found else 'not there'}")
         if recorded[name] != found[name]:
-            raise DataError(f"{what}: {name} differs from the certificate")
+            raise DataError(f"{where} is {found[name]}, the certificate says {recorded[name]}")

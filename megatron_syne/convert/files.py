@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
 import stat
@@ -42,11 +43,12 @@ def open_inside(folder: Path, *names: str) -> int:
     """A read-only descriptor of a regular file inside ``folder``; the caller closes it.
 
     Raises MissingInput where there is none, SecurityRefusal for a name or a link that leads outside and for
-    anything that is not a regular file (a FIFO would block, a device never ends).
+    anything that is not a regular file (a FIFO would block, a device never ends). The one link out that is
+    followed is that of the Hugging Face cache, from a snapshot to a blob of the same repository.
     """
     path = folder.joinpath(*(check_plain_name(name, str(folder)) for name in names))
     root, real = os.path.realpath(folder), os.path.realpath(path)
-    if os.path.commonpath([root, real]) != root:
+    if os.path.commonpath([root, real]) != root and not _is_hub_blob(root, real):
         raise SecurityRefusal(
             f"{path}: is a link that leads out of its folder (to {real}); refused. "
             f"Copy the folder with its links resolved: cp -rL"
@@ -63,6 +65,22 @@ def open_inside(folder: Path, *names: str) -> int:
         os.close(descriptor)
         raise SecurityRefusal(f"{path}: not a regular file; refused")
     return descriptor
+
+
+def _is_hub_blob(root: str, real: str) -> bool:
+    """Whether ``real`` is a blob of the Hugging Face cache and ``root`` a snapshot of the same repository.
+
+    There ``models--ORG--NAME/snapshots/REVISION/x`` is a link to ``../../blobs/HASH``, and nothing else is let
+    through: both paths are free of links already, so a blob that is itself a link elsewhere is not one.
+    """
+    snapshots, blobs = os.path.dirname(root), os.path.dirname(real)
+    repository = os.path.dirname(snapshots)
+    return (
+        os.path.basename(snapshots) == "snapshots"
+        and os.path.basename(repository).startswith("models--")
+        and blobs == os.path.join(repository, "blobs")
+        and re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", os.path.basename(real)) is not None
+    )
 
 
 def read_json_inside(folder: Path, *names: str) -> dict[str, Any]:
@@ -155,7 +173,7 @@ def new_folder(target: Path) -> Iterator[Path]:
     try:
         yield scratch
         for folder, _, _ in os.walk(scratch):
-            _sync_folder(Path(folder))
+            sync_folder(Path(folder))
         old = target.with_name(f".{target.name}.{mark}.old")
         if os.path.lexists(target):
             os.rename(target, old)
@@ -163,7 +181,7 @@ def new_folder(target: Path) -> Iterator[Path]:
             os.rename(scratch, target)
         except OSError as error:
             raise CannotCreate(f"{target}: cannot be made: {error.strerror}") from None
-        _sync_folder(target.parent)
+        sync_folder(target.parent)
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -179,7 +197,8 @@ def check_space(parent: Path, needed: int) -> None:
         raise IOFault(f"{parent}: {needed:,} bytes are needed, {free:,} are free; nothing was written")
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Bring a folder's entries to the disk."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)

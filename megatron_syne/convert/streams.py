@@ -22,6 +22,7 @@ import numpy.typing as npt
 
 from megatron_syne.config.schema import ModelConfig
 from megatron_syne.convert.files import read_exactly
+from megatron_syne.convert.hub import hub_origin
 from megatron_syne.convert.numbers import ITEM_BYTES, convert
 from megatron_syne.convert.pieces import Piece, Span, matrix, overlap
 from megatron_syne.errors import DataError
@@ -85,6 +86,10 @@ class Weights(ABC):
     def files(self) -> dict[str, Path]:
         """Weight files to be hashed as the source, by the name that they get in the certificate."""
         return {}
+
+    def folders(self) -> list[Path]:
+        """Folders that they are read from, into which nothing may be written."""
+        return sorted({path.parent for path in self.files().values()})
 
     def identity(self) -> str:
         """Text that changes whenever the source's files do: their names, sizes and times of change."""
@@ -183,6 +188,9 @@ class StoredWeights(Weights):
         found: dict[str, Any] = {"kind": self.kind, "folder": self.folder.resolve().name}
         if self.layout is not None:
             found["layout"] = self.layout.describe()
+        origin = hub_origin(self.folder)
+        if origin is not None:
+            found["hub"] = origin
         if self.certificate is not None:
             found["certificate"] = self.certificate["source"]
         return found
@@ -190,6 +198,10 @@ class StoredWeights(Weights):
     def files(self) -> dict[str, Path]:
         """See :class:`Weights`."""
         return {name: self.folder / name for name in sorted(self.descriptors)}
+
+    def folders(self) -> list[Path]:
+        """See :class:`Weights`."""
+        return [self.folder]
 
     def close(self) -> None:
         """See :class:`Weights`."""

@@ -12,13 +12,12 @@ from typing import Any
 
 import pytest
 import torch
+from roads import to_hf, to_shards
 from safetensors.torch import load_file, save_file
 
 from megatron_syne.config.schema import ParallelConfig
 from megatron_syne.convert.certificate import verify
-from megatron_syne.convert.export import export_shards
-from megatron_syne.convert.importing import import_to_shards
-from megatron_syne.convert.source import open_source
+from megatron_syne.convert.formats.detect import open_weights
 from megatron_syne.errors import (
     CannotCreate,
     ConfigError,
@@ -174,7 +173,7 @@ def test_bad_folder(tmp_path: Path, sharded_toy: Path, case: str) -> None:
     damage(sharded_toy)
     before = sorted(os.listdir(tmp_path))
     with pytest.raises(SyneError) as caught:
-        import_to_shards(sharded_toy, tmp_path / "out", ParallelConfig())
+        to_shards(sharded_toy, tmp_path / "out", ParallelConfig())
     assert type(caught.value) is error
     assert all(word in str(caught.value) for word in words), caught.value
     assert sorted(os.listdir(tmp_path)) == before
@@ -183,80 +182,37 @@ def test_bad_folder(tmp_path: Path, sharded_toy: Path, case: str) -> None:
 @pytest.mark.parametrize(
     ("parallel", "words"),
     [
-        (ParallelConfig(tensor_model_parallel_size=3), ["3", "num_attention_heads 8", "1, 2, 4"]),
-        (ParallelConfig(tensor_model_parallel_size=8), ["num_query_groups 4", "key/value head"]),
+        (ParallelConfig(tensor_model_parallel_size=3), ["3", "num_attention_heads 8", "1, 2, 4, 8"]),
+        (ParallelConfig(tensor_model_parallel_size=16), ["num_attention_heads 8", "1, 2, 4, 8"]),
         (ParallelConfig(pipeline_model_parallel_size=5), ["5 stages", "4 layers"]),
         (ParallelConfig(tensor_model_parallel_size=-1), ["-1"]),
     ],
 )
 def test_bad_layout(tmp_path: Path, toy: Path, parallel: ParallelConfig, words: list[str]) -> None:
     with pytest.raises(ConfigError) as caught:
-        import_to_shards(toy, tmp_path / "out", parallel)
+        to_shards(toy, tmp_path / "out", parallel)
     assert all(word in str(caught.value) for word in words), caught.value
     assert os.listdir(tmp_path) == ["toy"]
 
 
 def test_existing_output(tmp_path: Path, toy: Path) -> None:
-    shards = import_to_shards(toy, tmp_path / "shards", ParallelConfig())
-    out = export_shards(shards, tmp_path / "hf")
+    shards = to_shards(toy, tmp_path / "shards", ParallelConfig())
+    out = to_hf(shards, tmp_path / "hf")
     before = (out / "certificate.json").read_bytes()
     with pytest.raises(CannotCreate, match="exists already"):
-        import_to_shards(toy, tmp_path / "shards", ParallelConfig())
+        to_shards(toy, tmp_path / "shards", ParallelConfig())
     with pytest.raises(CannotCreate, match="exists already"):
-        export_shards(shards, out)
+        to_hf(shards, out)
     for inside in (toy, toy / "new", tmp_path / "shards" / "hf" / "new"):
         with pytest.raises(CannotCreate):
-            export_shards(open_source(tmp_path / "shards" if "shards" in str(inside) else toy), inside)
+            to_hf(tmp_path / "shards" if "shards" in str(inside) else toy, inside)
     with pytest.raises(CannotCreate, match="source"):
-        import_to_shards(toy, toy / "new", ParallelConfig())
+        to_shards(toy, toy / "new", ParallelConfig())
     assert (out / "certificate.json").read_bytes() == before
-    export_shards(shards, out, dtype="bf16", overwrite=True)
+    to_hf(shards, out, dtype="bf16", overwrite=True)
     assert (out / "certificate.json").read_bytes() != before
     with pytest.raises(CannotCreate, match="not written by this program"):
-        export_shards(shards, toy, overwrite=True)
-
-
-def test_disk_full_leaves_nothing(tmp_path: Path, toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from megatron_syne.convert import safetensors_io
-
-    put, calls = safetensors_io.TensorWriter._put, 0
-
-    def full(self: Any, view: memoryview) -> None:
-        nonlocal calls
-        calls += 1
-        if calls == 10:
-            raise OSError(28, "No space left on device")
-        put(self, view)
-
-    monkeypatch.setattr(safetensors_io.TensorWriter, "_put", full)
-    with pytest.raises(OSError, match="No space left"):
-        import_to_shards(toy, tmp_path / "out", ParallelConfig(tensor_model_parallel_size=2))
-    assert os.listdir(tmp_path) == ["toy"]
-
-
-KILLED = """
-import os, signal, sys
-from megatron_syne.config.schema import ParallelConfig
-from megatron_syne.convert.importing import import_to_shards
-
-def progress(what, done, total):
-    if what == "writing shards" and done > 0.8 * total:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-import_to_shards(sys.argv[1], sys.argv[2], ParallelConfig(tensor_model_parallel_size=2), progress=progress)
-"""
-
-
-def test_killed_half_way(tmp_path: Path, toy: Path, repository: Path) -> None:
-    before = {path.name: path.read_bytes() for path in toy.iterdir()}
-    out = tmp_path / "out"
-    environment = os.environ | {"PYTHONPATH": str(repository)}
-    done = subprocess.run([sys.executable, "-c", KILLED, str(toy), str(out)], env=environment, check=False)
-    assert done.returncode == -9 and not out.exists()
-    assert [path.name for path in tmp_path.glob(".out.*.partial")], "it was in the midst of writing"
-    assert {path.name: path.read_bytes() for path in toy.iterdir()} == before
-    import_to_shards(toy, out, ParallelConfig(tensor_model_parallel_size=2))  # the same command again
-    verify(out, toy)
+        to_hf(shards, toy, overwrite=True)
 
 
 def test_too_little_space_is_known_before(tmp_path: Path, toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -264,7 +220,7 @@ def test_too_little_space_is_known_before(tmp_path: Path, toy: Path, monkeypatch
 
     monkeypatch.setattr(shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000}))
     with pytest.raises(IOFault, match="1,000 are free"):
-        import_to_shards(toy, tmp_path / "out", ParallelConfig())
+        to_shards(toy, tmp_path / "out", ParallelConfig())
     assert os.listdir(tmp_path) == ["toy"]
 
 
@@ -284,8 +240,8 @@ def edit(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        (lambda f: flip(f / "mp_rank_01_001/model.safetensors", -1), ["mp_rank_01_001", "differs"]),
-        (lambda f: flip(f / "hf/LICENSE", 0), ["LICENSE", "differs"]),
+        (lambda f: flip(f / "mp_rank_01_001/model.safetensors", -1), ["mp_rank_01_001", "padding"]),
+        (lambda f: flip(f / "hf/LICENSE", 0), ["LICENSE", "the certificate says"]),
         (lambda f: edit(f / "manifest.json", lambda m: m.update(padded_vocab_size=7)), ["manifest.json"]),
         (
             lambda f: edit(f / "certificate.json", lambda c: c["tensors"].pop("lm_head.weight")),
@@ -293,23 +249,25 @@ def edit(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
         ),
         (
             lambda f: edit(
-                f / "certificate.json", lambda c: c["tensors"]["lm_head.weight"].update(sha256="0")
+                f / "certificate.json", lambda c: c["tensors"]["lm_head.weight"].update(blake3="0")
             ),
             ["lm_head.weight"],
         ),
         (
             lambda f: edit(
-                f / "certificate.json", lambda c: c["tensors"]["model.norm.weight"].update(sha256="0")
+                f / "certificate.json", lambda c: c["tensors"]["model.norm.weight"].update(blake3="0")
             ),
-            ["decoder.final_layernorm.weight", "model.norm.weight"],
+            ["model.norm.weight"],
         ),
         (
-            lambda f: edit(f / "certificate.json", lambda c: c["shards"]["mp_rank_00_000"].popitem()),
+            lambda f: edit(
+                f / "certificate.json", lambda c: c["slices"]["mp_rank_00_000/model.safetensors"].popitem()
+            ),
             ["mp_rank_00_000"],
         ),
         (lambda f: edit(f / "certificate.json", lambda c: c.update(version=9)), ["version 9"]),
         (lambda f: edit(f / "certificate.json", lambda c: c.update(tensors=3)), ["malformed"]),
-        (lambda f: edit(f / "certificate.json", lambda c: c.update(shards=[])), ["malformed"]),
+        (lambda f: edit(f / "certificate.json", lambda c: c.update(slices=[])), ["malformed"]),
         (lambda f: edit(f / "certificate.json", lambda c: c["files"].update(x=3)), ["malformed"]),
     ],
 )
@@ -317,49 +275,25 @@ def test_verify_names_the_first_difference(
     tmp_path: Path, toy: Path, damage: Callable[[Path], object], words: list[str]
 ) -> None:
     parallel = ParallelConfig(tensor_model_parallel_size=2, pipeline_model_parallel_size=2)
-    import_to_shards(toy, tmp_path / "shards", parallel)
+    to_shards(toy, tmp_path / "shards", parallel)
     damage(tmp_path / "shards")
     with pytest.raises(DataError) as caught:
         verify(tmp_path / "shards")
     assert all(word in str(caught.value) for word in words), caught.value
 
 
-def test_verify_sees_swapped_ranks_and_dirty_padding(tmp_path: Path, toy: Path) -> None:
-    """Damage that keeps every hash in step: only the contents can tell."""
-    from megatron_syne.convert.files import sha256_inside
-    from megatron_syne.convert.safetensors_io import tensor_sha256
-
-    folder = tmp_path / "shards"
-    import_to_shards(toy, folder, ParallelConfig(tensor_model_parallel_size=2))
-
-    def rewrite(rank: str, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
-        path = folder / rank / "model.safetensors"
-        tensors = load_file(path)
-        change(tensors)
-        save_file(tensors, path)
-
-        def update(certificate: dict[str, Any]) -> None:
-            certificate["files"][f"{rank}/model.safetensors"] = sha256_inside(
-                folder, rank, "model.safetensors"
-            )
-            for name, tensor in tensors.items():
-                certificate["shards"][rank][name]["sha256"] = tensor_sha256(tensor)
-
-        edit(folder / "certificate.json", update)
-
-    name = "embedding.word_embeddings.weight"
-    rewrite("mp_rank_01_000", lambda t: t[name][-1].fill_(1))
-    with pytest.raises(DataError, match="padding"):
-        verify(folder)
-    rewrite("mp_rank_01_000", lambda t: t[name][-1].zero_())
-    verify(folder)
-    rewrite("mp_rank_01_000", lambda t: t["decoder.layers.2.mlp.linear_fc2.weight"][0, 0].add_(1))
-    with pytest.raises(DataError, match=r"model\.layers\.2\.mlp\.down_proj\.weight, put together"):
+def test_verify_sees_dirty_padding(tmp_path: Path, toy: Path) -> None:
+    folder = to_shards(toy, tmp_path / "shards", ParallelConfig(tensor_model_parallel_size=2))
+    path = folder / "mp_rank_01_000" / "model.safetensors"
+    tensors = load_file(path)
+    tensors["embedding.word_embeddings.weight"][-1].fill_(1)
+    save_file(tensors, path)
+    with pytest.raises(DataError, match="mp_rank_01_000"):
         verify(folder)
 
 
 def test_verify_against_another_source(tmp_path: Path, toy: Path) -> None:
-    import_to_shards(toy, tmp_path / "shards", ParallelConfig())
+    to_shards(toy, tmp_path / "shards", ParallelConfig())
     verify(tmp_path / "shards", toy)
     flip(toy / "model.safetensors", -1)
     with pytest.raises(DataError, match="not the file that"):
@@ -383,32 +317,32 @@ def test_verify_against_another_source(tmp_path: Path, toy: Path) -> None:
 def test_bad_manifest(
     tmp_path: Path, toy: Path, change: Callable[[dict[str, Any]], object], word: str
 ) -> None:
-    import_to_shards(toy, tmp_path / "shards", ParallelConfig())
+    to_shards(toy, tmp_path / "shards", ParallelConfig())
     edit(tmp_path / "shards" / "manifest.json", change)
     with pytest.raises(DataError, match=word):
-        open_source(tmp_path / "shards")
+        open_weights(tmp_path / "shards")
 
 
 def test_shards_lacking_a_rank_or_a_tensor(tmp_path: Path, toy: Path) -> None:
     folder = tmp_path / "shards"
-    import_to_shards(toy, folder, ParallelConfig(tensor_model_parallel_size=2))
+    to_shards(toy, folder, ParallelConfig(tensor_model_parallel_size=2))
     path = folder / "mp_rank_01_000" / "model.safetensors"
     tensors = load_file(path)
     save_file({n: t for n, t in tensors.items() if "fc2" not in n} | {"more": torch.zeros(1)}, path)
     with pytest.raises(DataError) as caught:
-        open_source(folder)
+        open_weights(folder)
     for word in ("decoder.layers.0.mlp.linear_fc2.weight: missing", "more: unexpected"):
         assert word in str(caught.value)
     path.unlink()
     with pytest.raises(MissingInput, match="mp_rank_01_000"):
-        open_source(folder)
+        open_weights(folder)
 
 
 def test_nothing_there(tmp_path: Path) -> None:
     with pytest.raises(MissingInput, match="no such folder"):
-        open_source(tmp_path / "nowhere")
-    with pytest.raises(MissingInput, match="neither"):
-        open_source(tmp_path)
+        open_weights(tmp_path / "nowhere")
+    with pytest.raises(MissingInput, match="looked for"):
+        open_weights(tmp_path)
 
 
 def tool(repository: Path, *words: str) -> subprocess.CompletedProcess[str]:
@@ -422,7 +356,7 @@ def test_tool_from_end_to_end(tmp_path: Path, toy: Path, repository: Path) -> No
     shards, hf = str(tmp_path / "shards"), str(tmp_path / "hf")
     layout = ["--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2"]
     for words in (
-        ["import", "--hf", str(toy), "--out", shards, *layout, "--make-vocab-size-divisible-by", "64"],
+        ["import", "--from", str(toy), "--out", shards, *layout, "--make-vocab-size-divisible-by", "64"],
         ["verify", shards, "--source", str(toy)],
         ["export", "--from", shards, "--out", hf, "--max-shard-size", "60KB"],
         ["verify", hf],
@@ -436,13 +370,13 @@ def test_tool_from_end_to_end(tmp_path: Path, toy: Path, repository: Path) -> No
 @pytest.mark.parametrize(
     ("words", "code", "message"),
     [
-        (["import", "--hf", "TOY", "--out", "OUT", "--tensor-model-parallel-size", "3"], 64, "1, 2, 4"),
-        (["import", "--hf", "TOY", "--out", "OUT", "--tensor-model-parallel-size", "two"], 64, "two"),
+        (["import", "--from", "TOY", "--out", "OUT", "--tensor-model-parallel-size", "3"], 64, "1, 2, 4"),
+        (["import", "--from", "TOY", "--out", "OUT", "--tensor-model-parallel-size", "two"], 64, "two"),
         (["export", "--from", "TOY", "--out", "OUT", "--max-shard-size", "big"], 64, "big"),
-        (["import", "--hf", "nowhere", "--out", "OUT"], 66, "nowhere"),
-        (["import", "--hf", "TOY", "--out", "TOY"], 73, "source"),
-        (["import", "--hf", "PICKLE", "--out", "OUT"], 77, "pickle"),
-        (["import", "--hf", "SHORT", "--out", "OUT"], 65, "truncated"),
+        (["import", "--from", "nowhere", "--out", "OUT"], 66, "nowhere"),
+        (["import", "--from", "TOY", "--out", "TOY"], 73, "source"),
+        (["import", "--from", "PICKLE", "--out", "OUT"], 77, "pickle"),
+        (["import", "--from", "SHORT", "--out", "OUT"], 65, "truncated"),
         (["verify", "TOY"], 66, "certificate.json"),
     ],
 )

@@ -10,15 +10,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
+from roads import to_hf, to_shards
+from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
 from megatron_syne.config.schema import ParallelConfig
 from megatron_syne.convert.certificate import read_certificate, verify
-from megatron_syne.convert.export import export_hf, export_shards
-from megatron_syne.convert.importing import import_to_shards
-from megatron_syne.convert.source import WeightSource, open_source
+from megatron_syne.convert.formats.detect import open_weights
 from megatron_syne.convert.table import entries
+from megatron_syne.convert.weights import WeightSource, open_source
 from megatron_syne.errors import ConfigError, DataError
 from megatron_syne.models.config import resolve_model
 
@@ -91,13 +91,13 @@ def same_parameters(a: WeightSource, b: WeightSource, tp_size: int) -> bool:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_toy_round_trip(tmp_path: Path, toy_maker: Any, layout: str, tied: bool, dtype: torch.dtype) -> None:
     toy = toy_maker(tmp_path / "toy", dtype, shard="50KB", tie_word_embeddings=tied)
-    shards = import_to_shards(toy, tmp_path / "shards", LAYOUTS[layout], make_vocab_size_divisible_by=8)
-    out = export_shards(shards, tmp_path / "hf", max_shard_size="60KB")
+    shards = to_shards(toy, tmp_path / "shards", LAYOUTS[layout], make_vocab_size_divisible_by=8)
+    out = to_hf(shards, tmp_path / "hf", max_shard_size="60KB")
     assert same_bits(tensors_of(out), tensors_of(toy))
     assert ("lm_head.weight" in tensors_of(out)) is not tied
     assert torch.equal(logits(out), logits(toy))
     for folder in (tmp_path / "shards", out):
-        assert verify(folder).fingerprint == shards.fingerprint == open_source(out).fingerprint
+        assert verify(folder).fingerprint == open_source(shards).fingerprint == open_source(out).fingerprint
     assert (out / "LICENSE").read_bytes() == (toy / "LICENSE").read_bytes()
     assert (out / "generation_config.json").read_bytes() == (toy / "generation_config.json").read_bytes()
 
@@ -107,9 +107,9 @@ def test_stories_round_trip_and_text(tmp_path: Path, shared_data: Path, layout: 
     import sentencepiece
 
     stories = shared_data / "stories260k"
-    shards = import_to_shards(stories, tmp_path / "shards", STORY_LAYOUTS[layout])
+    shards = to_shards(stories, tmp_path / "shards", STORY_LAYOUTS[layout])
     assert verify(tmp_path / "shards", stories).tensors == 47
-    out = export_shards(shards, tmp_path / "hf")
+    out = to_hf(shards, tmp_path / "hf")
     assert same_bits(tensors_of(out), tensors_of(stories))
     model = LlamaForCausalLM.from_pretrained(out)
     assert model.config.rope_theta == 10000.0
@@ -122,8 +122,8 @@ def test_stories_round_trip_and_text(tmp_path: Path, shared_data: Path, layout: 
 def test_stories_loss_is_the_published_one(tmp_path: Path, shared_data: Path) -> None:
     import sentencepiece
 
-    shards = import_to_shards(shared_data / "stories260k", tmp_path / "shards", parallel(4))
-    out = export_shards(shards, tmp_path / "hf")
+    shards = to_shards(shared_data / "stories260k", tmp_path / "shards", parallel(4))
+    out = to_hf(shards, tmp_path / "hf")
     tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(out / "tokenizer.model"))
     text = STORY[: STORY.index(" She wanted")]
     tokens = torch.tensor([[tokenizer.bos_id(), *tokenizer.encode(text)]])
@@ -152,7 +152,7 @@ def test_shards_give_any_layouts_parameters(
     """From shards of one layout the local parameters of another: the same as straight from Hugging Face."""
     folder = tmp_path_factory.mktemp("x")
     toy = toy_maker(folder / "toy", dtype, shard="50KB", tie_word_embeddings=tied)
-    import_to_shards(toy, folder / "shards", LAYOUTS[old], make_vocab_size_divisible_by=5).close()
+    to_shards(toy, folder / "shards", LAYOUTS[old], make_vocab_size_divisible_by=5)
     shards, hf = open_source(folder / "shards", multiple), open_source(toy, multiple)
     assert shards.model == hf.model
     assert same_parameters(shards, hf, new)
@@ -178,8 +178,8 @@ def test_config_keeps_what_the_source_had(tmp_path: Path, toy: Path) -> None:
     scaling = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
     config["rope_scaling"] = scaling | {"original_max_position_embeddings": 8192}
     path.write_text(json.dumps(config))
-    source = import_to_shards(toy, tmp_path / "shards", parallel(2, 2))
-    out = export_shards(source, tmp_path / "hf")
+    source = to_shards(toy, tmp_path / "shards", parallel(2, 2))
+    out = to_hf(source, tmp_path / "hf")
     written = json.loads((out / "config.json").read_text())
     assert {key: written[key] for key in config} == config
     assert written["rope_parameters"] == config["rope_scaling"] | {"rope_theta": 500000.0}
@@ -187,61 +187,34 @@ def test_config_keeps_what_the_source_had(tmp_path: Path, toy: Path) -> None:
 
 
 def test_dtype_of_the_export(tmp_path: Path, toy: Path) -> None:
-    out = export_shards(open_source(toy), tmp_path / "hf", dtype="bf16")
+    out = to_hf(toy, tmp_path / "hf", dtype="bf16")
     assert same_bits(tensors_of(out), {n: t.bfloat16() for n, t in tensors_of(toy).items()})
     config = json.loads((out / "config.json").read_text())
     assert config["dtype"] == config["torch_dtype"] == "bfloat16"
     assert LlamaForCausalLM.from_pretrained(out, dtype="auto").dtype == torch.bfloat16
 
 
-def test_export_of_padded_parameters_and_wrong_shapes(tmp_path: Path, toy: Path) -> None:
-    """A training checkpoint hands over vocabularies padded for its own TP size."""
-    source = open_source(toy)
-
-    def padded(name: str) -> torch.Tensor:
-        full = source.parameter(name, 0, 1)
-        return torch.cat([full, torch.ones(9, full.shape[1])]) if len(full) == 131 else full
-
-    export_hf(padded, source.model, toy, tmp_path / "hf", torch.float32, "5GB")
-    assert same_bits(tensors_of(tmp_path / "hf"), tensors_of(toy))
-    with pytest.raises(DataError, match=r"linear_fc2\.weight"):
-        export_hf(
-            lambda name: source.parameter(name, 0, 2 if "fc2" in name else 1),
-            source.model,
-            toy,
-            tmp_path / "bad",
-            torch.float32,
-        )
-    assert not (tmp_path / "bad").exists()
-
-
-def test_export_without_artifacts_is_a_folder_that_opens(tmp_path: Path, toy: Path) -> None:
-    source = open_source(toy)
-    out = export_hf(lambda n: source.parameter(n, 0, 1), source.model, None, tmp_path / "hf", torch.float32)
-    assert torch.equal(logits(out), logits(toy))
-
-
 def test_fp16_that_cannot_hold_the_values(tmp_path: Path, toy: Path) -> None:
-    source = open_source(toy)
+    path = toy / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.layers.2.mlp.up_proj.weight"][3, 3] = 1e6
+    save_file(tensors, path, {"format": "pt"})
     with pytest.raises(DataError, match="fp16 cannot hold"):
-        export_hf(
-            lambda n: source.parameter(n, 0, 1) * 1e6, source.model, toy, tmp_path / "hf", torch.float16
-        )
-    assert not (tmp_path / "hf").exists()
+        to_hf(toy, tmp_path / "hf", dtype="fp16")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["toy"]
 
 
 def test_old_buffers_and_tied_copies_are_known(tmp_path: Path, toy_maker: Any) -> None:
-    from safetensors.torch import save_file
-
     toy = toy_maker(tmp_path / "toy", tie_word_embeddings=True)
     path = toy / "model.safetensors"
     tensors = load_file(path)
     more = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(3)}
     more["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
     save_file(tensors | more, path)
-    source = import_to_shards(toy, tmp_path / "shards", parallel(2))
-    assert sorted(source.ignored) == sorted(more)
-    assert same_bits(tensors_of(export_shards(source, tmp_path / "hf")), tensors)
+    assert sorted(open_weights(toy).ignored) == sorted(more)
+    source = to_shards(toy, tmp_path / "shards", parallel(2))
+    assert sorted(read_certificate(source)["ignored"]) == sorted(more)
+    assert same_bits(tensors_of(to_hf(source, tmp_path / "hf")), tensors)
     more["lm_head.weight"][3, 3] += 1
     save_file(tensors | more, path)
     with pytest.raises(DataError, match="tie_word_embeddings"):
@@ -260,9 +233,9 @@ def test_weights_of_another_model_are_refused(toy: Path) -> None:
 
 
 def test_certificate_says_where_everything_lies(tmp_path: Path, toy: Path) -> None:
-    import_to_shards(toy, tmp_path / "shards", parallel(2, 2))
+    to_shards(toy, tmp_path / "shards", parallel(2, 2))
     certificate = read_certificate(tmp_path / "shards")
-    shard = certificate["shards"]["mp_rank_01_000"]
+    shard = certificate["slices"]["mp_rank_01_000/model.safetensors"]
     assert shard["embedding.word_embeddings.weight"]["pieces"] == [
         "model.embed_tokens.weight[66:131, 0:40] at (0, 0)"
     ]

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from .conftest import REPOSITORY, Bench
+from .stored import stored_tensor
 from .test_layouts import OVERLAP, PP2, PP4, SP, TP2, VPP2
 
 pytestmark = pytest.mark.slow
@@ -93,11 +94,10 @@ def test_weights_gathered_late_are_saved_and_evaluated_as_they_are(bench: Bench,
     assert len(results["plain"]["validation"]) == 4
     for plain, late in zip(results["plain"]["validation"], results["undisturbed"]["validation"], strict=True):
         assert late["en"] == pytest.approx(plain["en"], abs=5e-6)
-    from megatron_syne.checkpoint.reader import CheckpointReader
-
-    stored = CheckpointReader(tmp_path / "run" / "checkpoints" / "iter_0000007")
+    stored = tmp_path / "run" / "checkpoints" / "iter_0000007"
     for name in ("embedding.word_embeddings.weight", "output_layer.weight", "decoder.final_layernorm.weight"):
-        assert stored.full(name).equal(stored.full(f"optimizer.state.param.{name}")), name
+        weight, master = stored_tensor(stored, name), stored_tensor(stored, f"optimizer.state.param.{name}")
+        assert weight.equal(master), name
 
 
 def test_the_three_ways_to_start_agree(
@@ -108,7 +108,7 @@ def test_the_three_ways_to_start_agree(
     convert = [sys.executable, str(REPOSITORY / "tools/convert_checkpoint.py")]
     shards, exported = tmp_path / "shards", tmp_path / "exported"
     subprocess.run(
-        [*convert, "import", "--hf", str(bench.folder / "seed"), "--out", str(shards),
+        [*convert, "import", "--from", str(bench.folder / "seed"), "--out", str(shards),
          "--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2"], check=True,
     )  # fmt: skip
     checkpoint = next((kept / "checkpoints").glob("iter_*"))
@@ -136,14 +136,12 @@ def test_training_from_scratch(bench: Bench, tmp_path: Path) -> None:
     """Starts at the entropy of the vocabulary, the same each time, with layers that differ across stages."""
     import math
 
-    from megatron_syne.checkpoint.reader import CheckpointReader
-
     scratch = [PP2, "checkpoint.initialize_from=null", "optimizer.lr=1.0e-30", "schedule.lr_warmup_init=0.0"]
     scratch.append("train.exit_interval=1")
     found = bench.train(2, {"one": [*scratch, f"run_dir={tmp_path / 'run'}"], "two": scratch})
     assert abs(float.fromhex(losses(found["one"])[0]) - math.log(2560)) < 0.2
     assert losses(found["one"]) == losses(found["two"])
-    stored = CheckpointReader(tmp_path / "run" / "checkpoints" / "iter_0000001")
-    weights = [stored.full(f"decoder.layers.{layer}.self_attention.linear_qkv.weight") for layer in range(4)]
+    stored = tmp_path / "run" / "checkpoints" / "iter_0000001"
+    weights = stored_tensor(stored, "decoder.layers.self_attention.linear_qkv.weight")  # [layers, ...]
     for layer in range(1, 4):
         assert (weights[0] - weights[layer]).abs().max() > 1e-3

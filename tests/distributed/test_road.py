@@ -52,7 +52,7 @@ def test_stories260k_comes_back_to_the_bit(shared_data: Path, tmp_path: Path, ro
         key, value = override.removeprefix("parallel.").split("=", 1)
         if key != "sequence_parallel":
             options += [f"--{key.replace('_', '-')}", value.strip("'")]
-    shards = [*convert, "import", "--hf", str(source), "--out", str(tmp_path / "shards"), *options]
+    shards = [*convert, "import", "--from", str(source), "--out", str(tmp_path / "shards"), *options]
     subprocess.run(shards, check=True)
     run_ranks(
         world_size,

@@ -1,0 +1,368 @@
+"""The one engine of every conversion: bytes from any weights to any target, hashed as they pass.
+
+A thread reads each source file for its SHA-256 while others take the tensors through memory tile by tile
+(``tiles``), each tile hashed and written to every place that it has in the target. The output grows in a
+scratch folder and takes its name when all of it is on the disk (``journal``).
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from blake3 import blake3
+
+from megatron_syne import __version__
+from megatron_syne.convert.certificate import (
+    CERTIFICATE,
+    new_certificate,
+)
+from megatron_syne.convert.files import (
+    Progress,
+    check_output,
+    check_plain_name,
+    check_space,
+    quiet,
+    sync_folder,
+    write_json,
+)
+from megatron_syne.convert.journal import OUTPUT, Workplace, partial_folder, tidy, workplace
+from megatron_syne.convert.numbers import ITEM_BYTES
+from megatron_syne.convert.outfile import STAGES_BYTES, OutFile
+from megatron_syne.convert.pieces import Span, matrix
+from megatron_syne.convert.slices import (
+    free_spans,
+    places_by_file,
+    planned_padding,
+    rest_hash,
+    slices,
+    split_replicas,
+)
+from megatron_syne.convert.streams import Place, StoredWeights, Target, TargetFile, Weights
+from megatron_syne.convert.tiles import (
+    HASH_BLOCK_BYTES,
+    TILE_BYTES,
+    Buffers,
+    Count,
+    hash_tensor,
+    large_first,
+    sha256_file,
+    write_tensor,
+)
+from megatron_syne.convert.workers import Task, job_count, work
+from megatron_syne.errors import DataError
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a conversion will take."""
+
+    read_bytes: int
+    """Tensors once, and the source's files once more for their SHA-256 (from the page cache, mostly)."""
+    write_bytes: int
+    files: int
+    memory_bytes: int
+    """Above what the interpreter and its modules take."""
+
+
+def estimate(weights: Weights, target: Target, jobs: int = 0) -> Estimate:
+    """Bytes read and written, files, and memory of a conversion, without doing any of it."""
+    tensors = sum(matrix(shape)[0] * weights.row_bytes(name) for name, shape in weights.shapes.items())
+    sources = sum(path.stat().st_size for path in weights.files().values())
+    widest = max((weights.row_bytes(name) for name in weights.shapes), default=0)
+    converted = any(
+        place.shift or len({place.dtype, target.dtypes[name], weights.dtypes[name]}) > 1
+        for name, places in target.places.items()
+        for place in places
+    )
+    tile = max(TILE_BYTES, widest)
+    each = (_CONVERSION_TILES if converted else _PLAIN_TILES) * tile + STAGES_BYTES + HASH_BLOCK_BYTES
+    return Estimate(
+        read_bytes=tensors + sources,
+        write_bytes=target.size_bytes,
+        files=len(target.files) + len(target.documents) + 1,
+        memory_bytes=job_count(jobs) * each + _FIXED_BYTES,
+    )
+
+
+_PLAIN_TILES = 3  # the tile, stored rows that it is put together from, what was read back
+_CONVERSION_TILES = 14  # bf16 to fp32 and back: values, their bits, the rounding's intermediate results
+_FIXED_BYTES = 24 * 2**20  # plan, certificate, stacks of threads
+
+
+def convert(
+    weights: Weights,
+    target: Target,
+    out_dir: Path,
+    *,
+    overwrite: bool = False,
+    jobs: int = 0,
+    progress: Progress = quiet,
+) -> dict[str, Any]:
+    """Write ``weights`` as ``target`` says to the folder ``out_dir``; the certificate that now lies in it.
+
+    The folders of the source are never written into; ``overwrite`` replaces a folder that this program wrote.
+    ``jobs`` threads, 0: one per usable processor.
+    The folder is complete or absent at every moment; what an interrupted run has finished is read back and
+    kept by the next. Raises CannotCreate (output), DataError (source or values), IOFault (disk),
+    StoppedCleanly (SIGINT, SIGTERM).
+    """
+    out_dir = Path(out_dir)
+    tidy(out_dir.parent.resolve() / out_dir.name)
+    for folder in weights.folders():
+        check_output(out_dir, folder, overwrite, (CERTIFICATE,))
+    goal = check_output(out_dir, None, overwrite, (CERTIFICATE,))
+    _check_plan(weights, target)
+    source = weights.identity()
+    check_space(goal.parent, target.size_bytes - _held_bytes(partial_folder(goal) / OUTPUT))
+    with _sigterm_as_interrupt(), workplace(goal, _identity(target, source)) as place:
+        certificate = _fill(weights, target, place, job_count(jobs), progress)
+        if weights.identity() != source:
+            raise DataError(
+                f"{goal}: the source changed while it was read; nothing was published. Convert again when it rests"
+            )
+        check_output(out_dir, None, overwrite, (CERTIFICATE,))  # another run may have been faster
+        place.publish()
+    return certificate
+
+
+def _fill(
+    weights: Weights, target: Target, place: Workplace, jobs: int, progress: Progress
+) -> dict[str, Any]:
+    """Everything in the output folder, on the disk; the certificate."""
+    by_file = places_by_file(p for places in target.places.values() for p in places)
+    gaps = {file.path: free_spans(file.size, by_file.get(file.path, [])) for file in target.files}
+    files: dict[str, OutFile] = {}
+    try:
+        for file in target.files:
+            files[file.path] = _open_new(place.output, file.path)
+            _write_rest(files[file.path], file, gaps[file.path], place.resumed)
+        tensors, sources = _move(weights, target, place, files, jobs, progress)
+        for name, content in target.documents.items():
+            files[name] = _open_new(place.output, name)
+            os.ftruncate(files[name].descriptor, 0)
+            files[name].write(memoryview(content), 0)
+        for out in files.values():
+            os.fsync(out.descriptor)
+    finally:
+        for out in files.values():
+            out.close()
+    certificate = new_certificate(
+        target.kind,
+        source={**weights.describe(), "files": sources},
+        layout=target.layout,
+        tensors={
+            name: {"dtype": target.dtypes[name], "shape": list(shape), "blake3": tensors[name]}
+            for name, shape in weights.shapes.items()
+        },
+        slices=slices(
+            (p for places in target.places.values() for p in places), planned_padding(target.files, gaps)
+        ),
+        files={
+            file.path: {"size": file.size, "rest": rest_hash(file, gaps[file.path])} for file in target.files
+        },
+        documents={
+            name: {"size": len(content), "sha256": sha256(content).hexdigest()}
+            for name, content in target.documents.items()
+        },
+        ignored=list(getattr(weights, "ignored", [])),
+    )
+    (place.output / CERTIFICATE).unlink(missing_ok=True)
+    write_json(place.output / CERTIFICATE, certificate)
+    _remove_strangers(place.output, {*files, CERTIFICATE})
+    return certificate
+
+
+def _move(
+    weights: Weights,
+    target: Target,
+    place: Workplace,
+    files: Mapping[str, OutFile],
+    jobs: int,
+    progress: Progress,
+) -> tuple[dict[str, str], dict[str, dict[str, Any]]]:
+    """Write every tensor, hash every source file; the tensors' hashes and the files' sizes and hashes."""
+    done: dict[str, str] = {}
+    if place.resumed:
+        done = _read_back(weights, target, place, files, jobs, progress)
+    tensors, paths = dict(done), weights.files()
+    sources = {
+        name: {"size": paths[name].stat().st_size, "sha256": digest}
+        for name, digest in place.finished.get("file", {}).items()
+        if name in paths
+    }
+
+    def move_one(name: str, buffers: Buffers, count: Count) -> None:
+        tensors[name] = write_tensor(weights, target, name, files, buffers, count)
+        place.note("tensor", name, tensors[name])
+
+    def hash_one(name: str, buffers: Buffers, count: Count) -> None:
+        found = sha256_file(paths[name], buffers, lambda _: count(0))
+        sources[name] = found
+        place.note("file", name, found["sha256"])
+
+    def written(name: str) -> int:
+        return sum(_bytes_of(p) for p in target.places[name])
+
+    total = sum(map(written, target.places))
+    before = sum(map(written, done))
+    hashing: list[Task] = [partial(hash_one, name) for name in paths if name not in sources]
+    moving: list[Task] = [partial(move_one, name) for name in large_first(weights) if name not in done]
+    work([hashing, moving], jobs, lambda size: progress("writing", before + size, total))
+    progress("writing", total, total)
+    return tensors, dict(sorted(sources.items()))
+
+
+def _read_back(
+    weights: Weights,
+    target: Target,
+    place: Workplace,
+    files: Mapping[str, OutFile],
+    jobs: int,
+    progress: Progress,
+) -> dict[str, str]:
+    """Tensors of an earlier run that really are in the partial files, and their hashes."""
+    first, again = {}, {}
+    for name, places in target.places.items():
+        first[name], again[name] = split_replicas(places)
+    written = StoredWeights(
+        kind=target.kind,
+        folder=place.output,
+        model=target.model,
+        config={},
+        artifacts_dir=None,
+        dtypes=target.dtypes,
+        shapes=weights.shapes,
+        places=first,
+        descriptors={name: file.descriptor for name, file in files.items()},
+    )
+    noted = place.finished["tensor"]
+    # what is stored in another form could differ in bits that the tensor's own form does not show: again
+    names = [
+        name
+        for name, places in target.places.items()
+        if name in noted and all(p.dtype == target.dtypes[name] and not p.shift for p in places)
+    ]
+    good: dict[str, str] = {}
+
+    def check_one(name: str, buffers: Buffers, count: Count) -> None:
+        try:
+            found = hash_tensor(written, name, target.dtypes[name], again[name], buffers, count)
+        except DataError:  # files cut short, replicas that differ
+            return
+        if found == noted[name]:
+            good[name] = found
+
+    total = sum(matrix(weights.shapes[n])[0] * written.row_bytes(n) for n in names)
+    work([[partial(check_one, n) for n in names]], jobs, lambda size: progress("reading back", size, total))
+    return good
+
+
+def _identity(target: Target, source: str) -> str:
+    """What makes a conversion the same: the whole plan, the source's files, and this program."""
+    digest = blake3()
+    for part in (
+        __version__,
+        source,
+        target.kind,
+        target.layout,
+        target.dtypes,
+        [(file.path, file.size) for file in target.files],
+        target.places,
+        sorted(target.documents),
+    ):
+        digest.update(repr(part).encode() + b"\n")
+    for file in target.files:
+        for offset, content in file.fixed:
+            digest.update(f"{offset} {len(content)}\n".encode())
+            digest.update(content)
+    for _, content in sorted(target.documents.items()):
+        digest.update(f"{len(content)}\n".encode())
+        digest.update(content)
+    return digest.hexdigest()
+
+
+def _check_plan(weights: Weights, target: Target) -> None:
+    """Raises DataError where the places do not hold every element of every tensor."""
+    problems = [f"{name}: no tensor of the source" for name in target.places if name not in weights.shapes]
+    for name, shape in weights.shapes.items():
+        rows, columns = matrix(shape)
+        first, _ = split_replicas(target.places.get(name, []))
+        held = sum((r[1] - r[0]) * (c[1] - c[0]) for r, c in ((p.piece.rows, p.piece.cols) for p in first))
+        if held != rows * columns:
+            problems.append(f"{name}: {held} of {rows * columns} elements have a place in the target")
+    if problems:
+        raise DataError(
+            "\n  ".join([f"the plan does not hold the weights ({len(problems)}):", *problems[:100]])
+        )
+
+
+def _open_new(folder: Path, name: str) -> OutFile:
+    """A file in the output, made where it is missing; links are not followed."""
+    parts = [check_plain_name(part, str(folder)) for part in name.split("/")]
+    path = folder.joinpath(*parts)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return OutFile(path)
+
+
+def _write_rest(out: OutFile, file: TargetFile, gaps: list[Span], resumed: bool) -> None:
+    """Give the file its size, its headers, and zeros elsewhere (a new file has them)."""
+    os.ftruncate(out.descriptor, file.size)
+    if resumed:
+        zeros = memoryview(bytes(HASH_BLOCK_BYTES))
+        for start, stop in gaps:
+            for at in range(start, stop, len(zeros)):
+                out.write(zeros[: stop - at], at)
+    for offset, content in file.fixed:
+        out.write(memoryview(content), offset)
+
+
+def _bytes_of(place: Place) -> int:
+    rows, cols = place.piece.rows, place.piece.cols
+    return (rows[1] - rows[0]) * (cols[1] - cols[0]) * ITEM_BYTES[place.dtype]
+
+
+def _held_bytes(folder: Path) -> int:
+    """Disk space that an earlier run's files take."""
+    found = 0
+    for parent, _, names in os.walk(folder):
+        found += sum(512 * os.lstat(os.path.join(parent, name)).st_blocks for name in names)
+    return found
+
+
+def _remove_strangers(folder: Path, names: set[str]) -> None:
+    """Nothing lies in the output but what was written; every folder's entries are brought to the disk."""
+    for parent, _, found in os.walk(folder, topdown=False):
+        for name in found:
+            path = Path(parent) / name
+            if path.relative_to(folder).as_posix() not in names:
+                path.unlink()
+        sync_folder(Path(parent))
+
+
+@contextmanager
+def _sigterm_as_interrupt() -> Iterator[None]:
+    """SIGTERM, where the program has no handler of its own, interrupts as Ctrl-C does."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    if (
+        threading.current_thread() is not threading.main_thread()
+        or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL
+    ):
+        yield
+        return
+    signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
