@@ -6,7 +6,6 @@ Names out of index and manifest files come from strangers, so they are opened th
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -102,23 +101,6 @@ def read_exactly(descriptor: int, view: memoryview, offset: int, where: str) -> 
         if count == 0:
             raise DataError(f"{where}: ends at byte {offset + done}, {len(view) - done} bytes too early")
         done += count
-
-
-def sha256_inside(folder: Path, *names: str) -> str:
-    """SHA-256 of a file inside ``folder``."""
-    digest = hashlib.sha256()
-    with os.fdopen(open_inside(folder, *names), "rb") as stream:
-        while block := stream.read(BLOCK_BYTES):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def copy_inside(folder: Path, name: str, target: Path) -> None:
-    """Copy one small file out of ``folder`` to the path ``target``."""
-    with os.fdopen(open_inside(folder, name), "rb") as source, target.open("xb") as out:
-        shutil.copyfileobj(source, out, BLOCK_BYTES)
-        out.flush()
-        os.fsync(out.fileno())
 
 
 def write_json(path: Path, value: Any) -> None:

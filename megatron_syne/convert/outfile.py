@@ -66,7 +66,8 @@ class OutFile:
 
 
 class Stream:
-    """Bytes on their way to consecutive places of a file, gathered in ``stage`` (page-aligned memory)."""
+    """Bytes on their way to consecutive places of a file, gathered in ``stage`` (memory that begins on a page;
+    two pages or more)."""
 
     def __init__(self, file: OutFile, offset: int, stage: Bytes) -> None:
         self._file, self._stage = file, stage

@@ -31,9 +31,9 @@ def sizes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> st
         page = outfile.PAGE
         monkeypatch.setattr(tiles, "TILE_BYTES", 9000 if request.param == "small" else 100)
         monkeypatch.setattr(tiles, "HASH_BLOCK_BYTES", 1000)
-        monkeypatch.setattr(outfile, "_LEAST_STAGE", page)
-        monkeypatch.setattr(outfile, "STAGE_BYTES", 2 * page)
-        monkeypatch.setattr(outfile, "STAGES_BYTES", 5 * page)
+        monkeypatch.setattr(outfile, "_LEAST_STAGE", 2 * page)
+        monkeypatch.setattr(outfile, "STAGE_BYTES", 3 * page)
+        monkeypatch.setattr(outfile, "STAGES_BYTES", 7 * page)
     if request.param == "no direct writes":
         monkeypatch.setattr(os, "O_DIRECT", 0)
     return str(request.param)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 from pathlib import Path
 from typing import Any
@@ -38,8 +39,8 @@ def test_stream(
 ) -> None:
     """``parts``: rows, bytes of a row, bytes between rows in memory."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(outfile, "STAGES_BYTES", 4 * PAGE)
-        patch.setattr(outfile, "_LEAST_STAGE", PAGE)
+        patch.setattr(outfile, "STAGES_BYTES", 8 * PAGE)
+        patch.setattr(outfile, "_LEAST_STAGE", 2 * PAGE)
         if not direct:
             patch.setattr(os, "O_DIRECT", 0)
         path = tmp_path_factory.getbasetemp() / "stream"
@@ -120,7 +121,7 @@ def test_whole_pages_are_written_directly(tmp_path: Path, monkeypatch: pytest.Mo
     file.close()
     end = 10 + 3 * (outfile.STAGE_BYTES // 2)
     assert written[0][0] == PAGE and written[-1][0] + written[-1][1] == end // PAGE * PAGE
-    assert all(a + b == c for (a, b), (c, _) in zip(written, written[1:], strict=False))
+    assert all(a + b == c for (a, b), (c, _) in itertools.pairwise(written))
     assert all(at % PAGE == 0 and size % PAGE == 0 for at, size in written)
 
 

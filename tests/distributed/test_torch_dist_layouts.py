@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from unit.convert.format_toys import ToyWeights, write
 
 from megatron_syne.convert.engine import convert
-from megatron_syne.convert.formats.hf import open_hf
+from megatron_syne.convert.formats.hf import open_hf, plan_hf
 from megatron_syne.convert.formats.torch_dist import plan_torch_dist
+from megatron_syne.models.hf_config import model_config_from_hf
 
 from .conftest import make_seed
 from .ranks import run_ranks
@@ -85,3 +87,28 @@ def test_trained_and_tied_weights_with_uneven_stages(shared_data: Path, tmp_path
         "pp2_vpp2": [PP2, VPP2, "parallel.pipeline_model_parallel_layout='Et|t|t|ttL'"],
     }
     run_jobs(tmp_path, jobs_of(tmp_path, shared_data / "stories260k", FP32, layouts, optimizer=False))
+
+
+FAMILIES = {
+    "qwen2": {"architectures": ["Qwen2ForCausalLM"], "rms_norm_eps": 1e-6},
+    "inflm": {"architectures": ["INFLMForCausalLM"], "layer_norm_eps": 1e-5, "head_dim": 8},
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_biases_and_zero_centred_norms(tmp_path: Path, family: str) -> None:
+    pytest.importorskip(f"megatron_syne.convert.families.{family}")
+    config = {
+        "model_type": family,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "vocab_size": 131,
+        "max_position_embeddings": 64,
+        **FAMILIES[family],
+    }
+    weights = ToyWeights(model_config_from_hf(config, "toy"), "F32")
+    source = write(weights, plan_hf(weights), tmp_path / "source")
+    run_jobs(tmp_path, jobs_of(tmp_path, source, FP32, {"tp2_pp2": LAYOUTS["tp2_pp2"]}))

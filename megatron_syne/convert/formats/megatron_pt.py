@@ -11,7 +11,6 @@ of the model, so that the order of stages and chunks gives their place in the wh
 from __future__ import annotations
 
 import os
-import pickle
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -284,7 +283,7 @@ class _Found:
 
 
 def _archive(descriptor: int, where: str) -> Archive:
-    if os.pread(descriptor, 1, 0) == pickle.PROTO:
+    if os.pread(descriptor, 1, 0) == b"\x80":  # PROTO, the first opcode
         raise SecurityRefusal(
             f"{where}: a bare pickle, as torch wrote before 1.6: its numbers cannot be found without running it. "
             f"Save it again as a zip file (torch.save's default) on a machine that you can afford to lose"

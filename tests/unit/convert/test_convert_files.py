@@ -10,7 +10,7 @@ import pytest
 
 from megatron_syne.convert import files
 from megatron_syne.convert.files import check_output, check_space, new_folder, open_inside
-from megatron_syne.convert.hf_io import parse_size
+from megatron_syne.convert.formats.hf import parse_size
 from megatron_syne.errors import CannotCreate, ConfigError, IOFault, MissingInput, SecurityRefusal, SyneError
 
 
