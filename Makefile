@@ -43,7 +43,7 @@ demo: $(READY)
 
 test: export OMP_NUM_THREADS := 1
 test: $(READY) probes check
-	$(VENV)/bin/python -m pytest --numprocesses $(JOBS) --dist loadfile $(PYTEST_ARGS)
+	$(VENV)/bin/python -m pytest --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 check: $(READY)
 	$(VENV)/bin/python -m ruff check .

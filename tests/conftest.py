@@ -26,3 +26,17 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip("real inputs are absent: expected the folder ../shared/data beside the checkout")
     return folder
+
+
+# The files whose tests take longest, by folder or name: begun first, so that no process ends up alone with them.
+LONGEST = ("/distributed/", "/slurm/", "test_tools", "test_engine", "test_parity", "/families/", "test_torch_dist")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long files first; the order within a file stays."""
+
+    def place(item: pytest.Item) -> int:
+        path = item.path.as_posix()
+        return next((index for index, part in enumerate(LONGEST) if part in path), len(LONGEST))
+
+    items.sort(key=place)

@@ -254,7 +254,7 @@ def _verify_source(
     weights = open_weights(source)
     try:
         paths, tensors = weights.files(), certificate["tensors"]
-        origin, changed_by = _origin(certificate["source"], set(paths))
+        origin, changed_by, rounded = _origin(certificate["source"], set(paths))
         missing = [name for name in origin["files"] if name not in paths]
         if missing:
             raise DataError(
@@ -267,8 +267,12 @@ def _verify_source(
         else:
             shapes = {name: list(shape) for name, shape in weights.shapes.items()}
             _compare(f"{source}: shape", {name: t["shape"] for name, t in tensors.items()}, shapes)
-            names = large_first(weights)
+            names = [name for name in large_first(weights) if name not in rounded]
             notes += _format_changes(weights, tensors)
+            if rounded:
+                notes.append(
+                    f"{len(rounded)} tensors were rounded, less 1 in fp32: {', '.join(sorted(rounded))}"
+                )
         hashes: dict[str, str] = {}
         found: Hashes = {}
 
@@ -296,18 +300,20 @@ def _verify_source(
         weights.close()
 
 
-def _origin(source: dict[str, Any], names: set[str]) -> tuple[dict[str, Any], str]:
+def _origin(source: dict[str, Any], names: set[str]) -> tuple[dict[str, Any], str, set[str]]:
     """The source, or the source's own and so on, that has all its files among ``names`` (the first of all where
-    none has); and the kind of an operation that lies between and has changed the weights."""
-    changed_by, step = "", source
+    none has); from there on, the kind of an operation that changed the weights, and the tensors that did not
+    keep every bit."""
+    changed_by, rounded, step = "", set(), source
     while isinstance(step, dict):
         kind = str(step.get("kind"))
         changed_by = changed_by or ("" if kind in (*KINDS, "megatron_pt") else kind)
+        rounded |= {str(name) for name in step.get("rounded") or ()}
         files = step.get("files")
         if isinstance(files, dict) and files and set(files) <= names:
-            return step, changed_by
+            return step, changed_by, rounded
         step = step.get("certificate")  # type: ignore[assignment]
-    return source, changed_by
+    return source, changed_by, rounded
 
 
 def _format_changes(weights: Weights, tensors: Mapping[str, Mapping[str, Any]]) -> list[str]:

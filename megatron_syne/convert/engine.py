@@ -8,6 +8,7 @@ scratch folder and takes its name when all of it is on the disk (``journal``).
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import threading
 from collections.abc import Iterator, Mapping
@@ -18,9 +19,6 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from blake3 import blake3
-
-from megatron_syne import __version__
 from megatron_syne.convert.certificate import (
     CERTIFICATE,
     new_certificate,
@@ -38,21 +36,21 @@ from megatron_syne.convert.journal import OUTPUT, Workplace, partial_folder, tid
 from megatron_syne.convert.numbers import ITEM_BYTES
 from megatron_syne.convert.outfile import STAGES_BYTES, OutFile
 from megatron_syne.convert.pieces import Span, matrix
+from megatron_syne.convert.resume import plan_identity, read_back
 from megatron_syne.convert.slices import (
+    check_places,
     free_spans,
     places_by_file,
     planned_padding,
     rest_hash,
     slices,
-    split_replicas,
 )
-from megatron_syne.convert.streams import Place, StoredWeights, Target, TargetFile, Weights
+from megatron_syne.convert.streams import Place, Target, TargetFile, Weights
 from megatron_syne.convert.tiles import (
     HASH_BLOCK_BYTES,
     TILE_BYTES,
     Buffers,
     Count,
-    hash_tensor,
     large_first,
     sha256_file,
     write_tensor,
@@ -110,7 +108,7 @@ def convert(
     """Write ``weights`` as ``target`` says to the folder ``out_dir``; the certificate that now lies in it.
 
     The folders of the source are never written into; ``overwrite`` replaces a folder that this program wrote.
-    ``jobs`` threads, 0: one per usable processor.
+    ``jobs`` threads, 0: two for each usable processor.
     The folder is complete or absent at every moment; what an interrupted run has finished is read back and
     kept by the next. Raises CannotCreate (output), DataError (source or values), IOFault (disk),
     StoppedCleanly (SIGINT, SIGTERM).
@@ -120,10 +118,11 @@ def convert(
     for folder in weights.folders():
         check_output(out_dir, folder, overwrite, (CERTIFICATE,))
     goal = check_output(out_dir, None, overwrite, (CERTIFICATE,))
-    _check_plan(weights, target)
+    check_places(weights, target)
     source = weights.identity()
+    _allow_open_files(2 * len(target.files))
     check_space(goal.parent, target.size_bytes - _held_bytes(partial_folder(goal) / OUTPUT))
-    with _sigterm_as_interrupt(), workplace(goal, _identity(target, source)) as place:
+    with _sigterm_as_interrupt(), workplace(goal, plan_identity(target, source)) as place:
         certificate = _fill(weights, target, place, job_count(jobs), progress)
         if weights.identity() != source:
             raise DataError(
@@ -145,19 +144,23 @@ def _fill(
         for file in target.files:
             files[file.path] = _open_new(place.output, file.path)
             _write_rest(files[file.path], file, gaps[file.path], place.resumed)
-        tensors, sources = _move(weights, target, place, files, jobs, progress)
-        for name, content in target.documents.items():
-            files[name] = _open_new(place.output, name)
-            os.ftruncate(files[name].descriptor, 0)
-            files[name].write(memoryview(content), 0)
+        tensors, source = _move(weights, target, place, files, jobs, progress)
         for out in files.values():
-            os.fsync(out.descriptor)
+            _sync(out, place)
     finally:
         for out in files.values():
             out.close()
+    for name, content in target.documents.items():
+        out = _open_new(place.output, name)
+        try:
+            os.ftruncate(out.descriptor, 0)
+            out.write(memoryview(content), 0)
+            _sync(out, place)
+        finally:
+            out.close()
     certificate = new_certificate(
         target.kind,
-        source={**weights.describe(), "files": sources},
+        source={**weights.describe(), **source},
         layout=target.layout,
         tensors={
             name: {"dtype": target.dtypes[name], "shape": list(shape), "blake3": tensors[name]}
@@ -177,7 +180,7 @@ def _fill(
     )
     (place.output / CERTIFICATE).unlink(missing_ok=True)
     write_json(place.output / CERTIFICATE, certificate)
-    _remove_strangers(place.output, {*files, CERTIFICATE})
+    _remove_strangers(place.output, {*files, *target.documents, CERTIFICATE})
     return certificate
 
 
@@ -188,11 +191,13 @@ def _move(
     files: Mapping[str, OutFile],
     jobs: int,
     progress: Progress,
-) -> tuple[dict[str, str], dict[str, dict[str, Any]]]:
-    """Write every tensor, hash every source file; the tensors' hashes and the files' sizes and hashes."""
+) -> tuple[dict[str, str], dict[str, Any]]:
+    """Write every tensor, hash every source file; the tensors' hashes, and what is now known of the source:
+    ``files`` with size and hash, and ``rounded``, the tensors that did not keep every bit, if there are any."""
+    rounded: list[str] = []
     done: dict[str, str] = {}
     if place.resumed:
-        done = _read_back(weights, target, place, files, jobs, progress)
+        done = read_back(weights, target, place, files, jobs, progress)
     tensors, paths = dict(done), weights.files()
     sources = {
         name: {"size": paths[name].stat().st_size, "sha256": digest}
@@ -201,7 +206,9 @@ def _move(
     }
 
     def move_one(name: str, buffers: Buffers, count: Count) -> None:
-        tensors[name] = write_tensor(weights, target, name, files, buffers, count)
+        tensors[name], exact = write_tensor(weights, target, name, files, buffers, count)
+        if not exact:
+            rounded.append(name)
         place.note("tensor", name, tensors[name])
 
     def hash_one(name: str, buffers: Buffers, count: Count) -> None:
@@ -218,91 +225,8 @@ def _move(
     moving: list[Task] = [partial(move_one, name) for name in large_first(weights) if name not in done]
     work([hashing, moving], jobs, lambda size: progress("writing", before + size, total))
     progress("writing", total, total)
-    return tensors, dict(sorted(sources.items()))
-
-
-def _read_back(
-    weights: Weights,
-    target: Target,
-    place: Workplace,
-    files: Mapping[str, OutFile],
-    jobs: int,
-    progress: Progress,
-) -> dict[str, str]:
-    """Tensors of an earlier run that really are in the partial files, and their hashes."""
-    first, again = {}, {}
-    for name, places in target.places.items():
-        first[name], again[name] = split_replicas(places)
-    written = StoredWeights(
-        kind=target.kind,
-        folder=place.output,
-        model=target.model,
-        config={},
-        artifacts_dir=None,
-        dtypes=target.dtypes,
-        shapes=weights.shapes,
-        places=first,
-        descriptors={name: file.descriptor for name, file in files.items()},
-    )
-    noted = place.finished["tensor"]
-    # what is stored in another form could differ in bits that the tensor's own form does not show: again
-    names = [
-        name
-        for name, places in target.places.items()
-        if name in noted and all(p.dtype == target.dtypes[name] and not p.shift for p in places)
-    ]
-    good: dict[str, str] = {}
-
-    def check_one(name: str, buffers: Buffers, count: Count) -> None:
-        try:
-            found = hash_tensor(written, name, target.dtypes[name], again[name], buffers, count)
-        except DataError:  # files cut short, replicas that differ
-            return
-        if found == noted[name]:
-            good[name] = found
-
-    total = sum(matrix(weights.shapes[n])[0] * written.row_bytes(n) for n in names)
-    work([[partial(check_one, n) for n in names]], jobs, lambda size: progress("reading back", size, total))
-    return good
-
-
-def _identity(target: Target, source: str) -> str:
-    """What makes a conversion the same: the whole plan, the source's files, and this program."""
-    digest = blake3()
-    for part in (
-        __version__,
-        source,
-        target.kind,
-        target.layout,
-        target.dtypes,
-        [(file.path, file.size) for file in target.files],
-        target.places,
-        sorted(target.documents),
-    ):
-        digest.update(repr(part).encode() + b"\n")
-    for file in target.files:
-        for offset, content in file.fixed:
-            digest.update(f"{offset} {len(content)}\n".encode())
-            digest.update(content)
-    for _, content in sorted(target.documents.items()):
-        digest.update(f"{len(content)}\n".encode())
-        digest.update(content)
-    return digest.hexdigest()
-
-
-def _check_plan(weights: Weights, target: Target) -> None:
-    """Raises DataError where the places do not hold every element of every tensor."""
-    problems = [f"{name}: no tensor of the source" for name in target.places if name not in weights.shapes]
-    for name, shape in weights.shapes.items():
-        rows, columns = matrix(shape)
-        first, _ = split_replicas(target.places.get(name, []))
-        held = sum((r[1] - r[0]) * (c[1] - c[0]) for r, c in ((p.piece.rows, p.piece.cols) for p in first))
-        if held != rows * columns:
-            problems.append(f"{name}: {held} of {rows * columns} elements have a place in the target")
-    if problems:
-        raise DataError(
-            "\n  ".join([f"the plan does not hold the weights ({len(problems)}):", *problems[:100]])
-        )
+    found: dict[str, Any] = {"files": dict(sorted(sources.items()))}
+    return tensors, found | ({"rounded": sorted(rounded)} if rounded else {})
 
 
 def _open_new(folder: Path, name: str) -> OutFile:
@@ -311,6 +235,15 @@ def _open_new(folder: Path, name: str) -> OutFile:
     path = folder.joinpath(*parts)
     path.parent.mkdir(parents=True, exist_ok=True)
     return OutFile(path)
+
+
+def _sync(out: OutFile, place: Workplace) -> None:
+    """Bring a file to the disk."""
+    try:
+        os.fsync(out.descriptor)
+    except OSError:
+        place.forget()
+        raise
 
 
 def _write_rest(out: OutFile, file: TargetFile, gaps: list[Span], resumed: bool) -> None:
@@ -328,6 +261,15 @@ def _write_rest(out: OutFile, file: TargetFile, gaps: list[Span], resumed: bool)
 def _bytes_of(place: Place) -> int:
     rows, cols = place.piece.rows, place.piece.cols
     return (rows[1] - rows[0]) * (cols[1] - cols[0]) * ITEM_BYTES[place.dtype]
+
+
+def _allow_open_files(number: int) -> None:
+    """Raise this process's limit, as far as it may itself, by ``number``: many ranks are many files."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = len(os.listdir("/proc/self/fd")) + number + 64
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        limit = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
 
 
 def _held_bytes(folder: Path) -> int:

@@ -76,12 +76,12 @@ class Workplace:
         self.discard()
 
     def discard(self) -> None:
-        """Remove the scratch folder. The lock file goes last, while it is still held."""
-        for name in (OUTPUT, JOURNAL, _OLD, LOCK):
-            with contextlib.suppress(OSError):
-                _remove(self.folder / name)
-        with contextlib.suppress(OSError):
-            self.folder.rmdir()
+        """Remove the scratch folder."""
+        _discard(self.folder)
+
+    def forget(self) -> None:
+        """Have the next run begin anew: after a failed fsync the page cache shows what the disk does not hold."""
+        _remove(self.folder / JOURNAL)
 
     def close(self) -> None:
         """Let go of the lock."""
@@ -128,19 +128,31 @@ def workplace(goal: Path, identity: str) -> Iterator[Workplace]:
 
 
 def tidy(goal: Path) -> None:
-    """Remove the scratch folder of a conversion that was killed after it had given its output the name."""
+    """Undo or finish what a kill cut short while an output was given its name: an older output that had been
+    moved aside comes back, and the scratch folder of a conversion that is complete goes."""
     folder = partial_folder(goal)
-    if goal.is_dir() and folder.is_dir() and not (folder / OUTPUT).exists():
-        try:
-            lock = _lock(folder, goal)
-        except SyneError:
-            return
-        for name in (JOURNAL, _OLD, LOCK):
-            with contextlib.suppress(OSError):
-                _remove(folder / name)
-        with contextlib.suppress(OSError):
-            folder.rmdir()
+    if not folder.is_dir() or folder.is_symlink():
+        return
+    try:
+        lock = _lock(folder, goal)
+    except SyneError:  # in use, or not ours: who wants to work in it is told so
+        return
+    try:
+        if (folder / _OLD).is_dir() and not os.path.lexists(goal):
+            os.rename(folder / _OLD, goal)
+        if goal.is_dir() and not (folder / OUTPUT).exists():
+            _discard(folder)
+    finally:
         os.close(lock)
+
+
+def _discard(folder: Path) -> None:
+    """Remove a scratch folder; the lock file goes last, while it is still held."""
+    for name in (OUTPUT, JOURNAL, _OLD, LOCK):
+        with contextlib.suppress(OSError):
+            _remove(folder / name)
+    with contextlib.suppress(OSError):
+        folder.rmdir()
 
 
 def _lock(folder: Path, goal: Path) -> int:

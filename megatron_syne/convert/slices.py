@@ -9,8 +9,9 @@ from typing import Any
 from blake3 import blake3
 
 from megatron_syne.convert.numbers import ITEM_BYTES
-from megatron_syne.convert.pieces import Span
-from megatron_syne.convert.streams import Place, TargetFile
+from megatron_syne.convert.pieces import Span, matrix
+from megatron_syne.convert.streams import Place, Target, TargetFile, Weights
+from megatron_syne.errors import DataError
 
 _ZEROS = memoryview(bytes(2**18))
 
@@ -25,6 +26,21 @@ def split_replicas(places: Iterable[Place]) -> tuple[list[Place], list[Place]]:
         (again if key in seen else first).append(place)
         seen.add(key)
     return first, again
+
+
+def check_places(weights: Weights, target: Target) -> None:
+    """Raises DataError where the places do not hold every element of every tensor."""
+    problems = [f"{name}: no tensor of the source" for name in target.places if name not in weights.shapes]
+    for name, shape in weights.shapes.items():
+        rows, columns = matrix(shape)
+        first, _ = split_replicas(target.places.get(name, []))
+        held = sum((r[1] - r[0]) * (c[1] - c[0]) for r, c in ((p.piece.rows, p.piece.cols) for p in first))
+        if held != rows * columns:
+            problems.append(f"{name}: {held} of {rows * columns} elements have a place in the target")
+    if problems:
+        raise DataError(
+            "\n  ".join([f"the plan does not hold the weights ({len(problems)}):", *problems[:100]])
+        )
 
 
 def places_by_file(places: Iterable[Place]) -> dict[str, list[Place]]:

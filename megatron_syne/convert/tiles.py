@@ -58,8 +58,9 @@ def tiles(rows: int, row_bytes: int) -> Iterator[Span]:
 
 def write_tensor(
     weights: Weights, target: Target, name: str, files: Mapping[str, OutFile], buffers: Buffers, count: Count
-) -> str:
-    """Write a tensor to all its places; BLAKE3 of its bytes as a reader of the target sees them.
+) -> tuple[str, bool]:
+    """Write a tensor to all its places; BLAKE3 of its bytes as a reader of the target sees them, and whether
+    they are the same as before (fp32 less 1 does not hold every bit of an fp32 number, nor of a tiny bf16 one).
 
     ``count`` gets the bytes written. Raises DataError for values that the target's format cannot hold, OSError.
     """
@@ -68,7 +69,14 @@ def write_tensor(
     under_way: dict[int, tuple[Stream, Bytes]] = {}
     streamed = [place for place in places if is_streamed(place)]
     buffers.stages.cut(open_at_once(streamed))
+    shifted = next((place for place in places if place.shift), None)
+    exact = True
     for span, tile in read_tiles(weights, name, dtype, buffers):
+        if shifted is not None:
+            stored = convert(tile, dtype, shifted.dtype, shifted.shift, name)
+            seen = convert(stored, shifted.dtype, dtype, -shifted.shift, name)
+            exact = exact and np.array_equal(seen, tile)
+            tile = seen
         digest.update(flat(tile))
         for place in places:
             rows = common(span, place.piece.rows)
@@ -89,7 +97,7 @@ def write_tensor(
                     stream[0].finish()
                     buffers.stages.give(under_way.pop(id(place))[1])
             count(part.size)
-    return digest.hexdigest()
+    return digest.hexdigest(), exact
 
 
 def hash_tensor(

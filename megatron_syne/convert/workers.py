@@ -18,8 +18,9 @@ class _Stopped(Exception):
 
 
 def job_count(jobs: int) -> int:
-    """``jobs``, or with 0 the processors that this process may use, at most ``MAX_JOBS``."""
-    return jobs if jobs > 0 else min(MAX_JOBS, len(os.sched_getaffinity(0)))
+    """``jobs``, or with 0 two for each processor that this process may use (one works while the other waits for
+    the disk), at most ``MAX_JOBS``."""
+    return jobs if jobs > 0 else min(MAX_JOBS, 2 * len(os.sched_getaffinity(0)))
 
 
 def work(queues: Sequence[Sequence[Task]], jobs: int, tick: Callable[[int], None]) -> None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from blake3 import blake3
 from engine_toys import PLANS, contents, make_source, opened, read_all, several_files, shards, write_naively
@@ -16,6 +18,8 @@ from megatron_syne.convert import outfile, tiles
 from megatron_syne.convert.certificate import CERTIFICATE, read_certificate
 from megatron_syne.convert.engine import convert, estimate
 from megatron_syne.convert.formats.detect import open_weights
+from megatron_syne.convert.formats.hf import plan_hf
+from megatron_syne.convert.numbers import from_float32, to_float32
 from megatron_syne.errors import CannotCreate, DataError
 
 
@@ -65,6 +69,44 @@ def test_formats_are_converted(tmp_path: Path, plan: str, before: str, after: st
     del found[CERTIFICATE]
     assert found == write_naively(weights, target)
     assert {tensor["dtype"] for tensor in certificate["tensors"].values()} == {after}
+
+
+@pytest.mark.parametrize("dtype", ["BF16", "F32"])
+def test_values_stored_in_another_form(tmp_path: Path, dtype: str) -> None:
+    """Weights that lie in fp32 and less 1, as the norms of a zero-centred model do: the certificate is of the
+    numbers that a reader gets, names those that are not as they were, and a bit below bf16's last one is not
+    let through either."""
+    weights = opened(make_source(tmp_path / "source", dtype))
+    target = plan_hf(weights, dtype="F32")
+    target.dtypes = dict(weights.dtypes)
+    target.places = {n: [replace(p, shift=-1.0) for p in own] for n, own in target.places.items()}
+    certificate = convert(weights, target, tmp_path / "out")
+    found = contents(tmp_path / "out")
+    del found[CERTIFICATE]
+    assert found == write_naively(weights, target)
+    name = "model.norm.weight"
+    numbers = to_float32(read_all(weights, name), dtype)
+    seen = from_float32((numbers - np.float32(1)) + np.float32(1), dtype)
+    assert certificate["tensors"][name]["blake3"] == blake3(seen.tobytes()).hexdigest()
+    assert (name in certificate["source"].get("rounded", [])) == (dtype == "F32")
+    assert (seen != read_all(weights, name)).any() == (dtype == "F32")
+    path = tmp_path / "out" / "model.safetensors"
+    with path.open("r+b") as stream:
+        stored = replace(
+            weights, folder=path.parent, places=target.places, descriptors={path.name: stream.fileno()}
+        )
+        options = (name, dtype, target.places[name], tiles.Buffers(), lambda size: None)
+        assert tiles.hash_tensor(stored, *options) == certificate["tensors"][name]["blake3"]
+        stream.seek(target.places[name][0].offset)
+        low = stream.read(1)[0]
+        stream.seek(target.places[name][0].offset)
+        stream.write(bytes([low ^ 1]))
+        stream.flush()
+        if dtype == "F32":
+            assert tiles.hash_tensor(stored, *options) != certificate["tensors"][name]["blake3"]
+        else:
+            with pytest.raises(DataError, match="not the same as in its other places"):
+                tiles.hash_tensor(stored, *options)
 
 
 @pytest.mark.parametrize("plan", PLANS)
@@ -126,7 +168,7 @@ def test_progress_counts_written_bytes(source: Path, tmp_path: Path) -> None:
     target = several_files(opened(source))
     convert(opened(source), target, tmp_path / "out", progress=lambda *call: calls.append(call))
     assert {call[0] for call in calls} == {"writing"}
-    total = sum(s["data"] for s in ({"data": 2 * n} for n in [_elements(opened(source))]))
+    total = 2 * _elements(opened(source))
     assert calls[-1][1:] == (total, total)
     assert [call[1] for call in calls] == sorted(call[1] for call in calls)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -170,10 +171,10 @@ def test_killed_at_any_time(large: Path, tmp_path: Path, plan: str) -> None:
 def stop_midway(source: Path, out: Path) -> None:
     """Leave a partial conversion with about half of the tensors."""
 
-    def interrupt(real: Callable[..., str]) -> Callable[..., str]:
+    def interrupt(real: Callable[..., Any]) -> Callable[..., Any]:
         calls = 0
 
-        def call(*arguments: Any) -> str:
+        def call(*arguments: Any) -> Any:
             nonlocal calls
             calls += 1
             if calls > 12:
@@ -195,7 +196,7 @@ def written_by(source: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> list
     names = []
     real = engine.write_tensor
 
-    def call(weights: Any, target: Any, name: str, *rest: Any) -> str:
+    def call(weights: Any, target: Any, name: str, *rest: Any) -> Any:
         names.append(name)
         return real(weights, target, name, *rest)
 
@@ -267,6 +268,60 @@ def test_another_conversion_starts_afresh(
     weights = opened(other)
     convert(weights, shards(weights), tmp_path / "whole")
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_an_old_output_that_was_moved_aside_comes_back(source: Path, tmp_path: Path) -> None:
+    """Killed between the two renames of an overwrite."""
+    weights, out = opened(source), tmp_path / "out"
+    convert(weights, several_files(weights), out)
+    old = contents(out)
+    child = os.fork()
+    if child == 0:
+        real = os.rename
+
+        def rename(before: Path, after: Path) -> None:
+            if after == out:
+                os.kill(os.getpid(), signal.SIGKILL)
+            real(before, after)
+
+        os.rename = rename  # type: ignore[assignment]
+        convert(weights, shards(weights), out, overwrite=True)
+        os._exit(1)
+    assert os.WIFSIGNALED(os.waitpid(child, 0)[1])
+    assert os.listdir(tmp_path) == [".out.partial"]
+    with pytest.raises(CannotCreate, match="exists already"):
+        convert(weights, shards(weights), out)
+    assert contents(out) == old
+    convert(weights, shards(weights), out, overwrite=True)
+    convert(weights, shards(weights), tmp_path / "whole")
+    assert contents(out) == contents(tmp_path / "whole")
+    assert sorted(os.listdir(tmp_path)) == ["out", "whole"]
+
+
+def test_nothing_is_kept_that_the_disk_may_not_hold(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a failed fsync the page cache shows bytes that the disk has lost."""
+
+    def fail(descriptor: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fail)
+        with pytest.raises(IOFault, match=r"Input/output error"):
+            convert(opened(source), shards(opened(source)), tmp_path / "out")
+    names = written_by(source, tmp_path / "out", monkeypatch)
+    assert len(names) == len(opened(source).shapes)
+
+
+def test_more_files_than_a_process_may_open(source: Path, tmp_path: Path) -> None:
+    weights = opened(source)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 5, hard))
+    try:
+        convert(weights, shards(weights), tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -10,8 +10,7 @@ import pytest
 
 from megatron_syne.convert import files
 from megatron_syne.convert.files import check_output, check_space, new_folder, open_inside
-from megatron_syne.convert.formats.hf import parse_size
-from megatron_syne.errors import CannotCreate, ConfigError, IOFault, MissingInput, SecurityRefusal, SyneError
+from megatron_syne.errors import CannotCreate, IOFault, MissingInput, SecurityRefusal, SyneError
 
 
 @pytest.fixture
@@ -126,17 +125,3 @@ def test_json_of_a_moment_is_limited(tmp_path: Path, monkeypatch: pytest.MonkeyP
     (tmp_path / "x.json").write_text('{"a": "long enough"}')
     with pytest.raises(SyneError, match="larger than 10 bytes"):
         files.read_json_inside(tmp_path, "x.json")
-
-
-@pytest.mark.parametrize(
-    ("text", "size"),
-    [("5GB", 5 * 10**9), ("1GiB", 2**30), ("1.5kb", 1500), ("7", 7), (9, 9), ("2 MB", 2 * 10**6)],
-)
-def test_sizes(text: str | int, size: int) -> None:
-    assert parse_size(text) == size
-
-
-@pytest.mark.parametrize("text", ["", "GB", "-1", "0", "five", "1e9"])
-def test_not_sizes(text: str) -> None:
-    with pytest.raises(ConfigError, match="max_shard_size"):
-        parse_size(text)

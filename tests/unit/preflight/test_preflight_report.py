@@ -123,7 +123,7 @@ def test_report_for_thousands_of_ranks_needs_no_torch(run_file, repository):
     code = (
         "import sys\n"
         "from megatron_syne.config.loader import load_config\n"
-        "from megatron_syne.models.hf_config import resolve_model\n"
+        "from megatron_syne.models.config import resolve_model\n"
         "from megatron_syne.preflight.report import dry_run_report\n"
         "from megatron_syne.preflight.rules import check\n"
         f"config = load_config({str(run_file)!r}); model = resolve_model(config.model)\n"
