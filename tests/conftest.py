@@ -29,7 +29,15 @@ def shared_data() -> Path:
 
 
 # The files whose tests take longest, by folder or name: begun first, so that no process ends up alone with them.
-LONGEST = ("/distributed/", "/slurm/", "test_tools", "test_engine", "test_parity", "/families/", "test_torch_dist")
+LONGEST = (
+    "/distributed/",
+    "/slurm/",
+    "test_tools",
+    "test_engine",
+    "test_parity",
+    "/families/",
+    "test_torch_dist",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

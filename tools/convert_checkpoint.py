@@ -59,6 +59,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "--logits", action="store_true", help="run the Megatron model against transformers, layer by layer"
     )
     check.add_argument("--reference", type=Path, help="Hugging Face folder to compare logits with")
+    check.add_argument("--hf-config", type=Path, help="folder with config.json, for a checkpoint without one")
     look = commands.add_parser("inspect", help="what a folder holds")
     cli.add_source_option(look, "source")
     return parser.parse_args(argv)
@@ -87,7 +88,9 @@ def run_verify(options: argparse.Namespace) -> None:
         from megatron_syne.parity.compare import compare
 
         with cli.ProgressBar() as progress:
-            report = compare(options.folder, options.reference, progress=progress)
+            report = compare(
+                options.folder, options.reference, hf_config=options.hf_config, progress=progress
+            )
         print(*report.lines(), sep="\n")
         report.check()
         return
@@ -97,7 +100,9 @@ def run_verify(options: argparse.Namespace) -> None:
         found = verify(options.folder, options.source, jobs=options.jobs, progress=progress)
     print(
         f"{options.folder}: verified: {found.files} files, {found.tensors} tensors, "
-        f"{found.size_bytes:,} bytes of weights\n  weights {found.fingerprint}"
+        f"{found.size_bytes:,} bytes of weights\n  weights {found.fingerprint}",
+        *(f"  {note}" for note in found.notes),
+        sep="\n",
     )
 
 

@@ -68,7 +68,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     arc.add_argument("--models", nargs=2, required=True)
     arc.add_argument("--t", type=float, required=True, help="0: the first model, 1: the second")
     for way in (linear, task, arc):
-        way.add_argument("--tokenizer", type=Path, help="of hf: tokenizer and chat template (the first model's)")
+        way.add_argument(
+            "--tokenizer", type=Path, help="of hf: tokenizer and chat template (the first model's)"
+        )
     for command in (extend, expand, deepen, linear, task, arc):
         cli.add_output_options(command)
         command.add_argument(

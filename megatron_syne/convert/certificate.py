@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,7 +20,14 @@ from typing import Any
 from blake3 import blake3
 
 from megatron_syne import __version__
-from megatron_syne.convert.files import Progress, open_inside, quiet, read_exactly, read_json_inside
+from megatron_syne.convert.files import (
+    Progress,
+    exists_inside,
+    open_inside,
+    quiet,
+    read_exactly,
+    read_json_inside,
+)
 from megatron_syne.convert.numbers import ITEM_BYTES
 from megatron_syne.convert.pieces import matrix
 from megatron_syne.convert.slices import end_of, free_spans, places_by_file, slices
@@ -37,6 +45,8 @@ from megatron_syne.convert.workers import Task, job_count, work
 from megatron_syne.errors import DataError
 
 CERTIFICATE = "certificate.json"
+SUMS = "SHA256SUMS"
+"""Of a release: SHA-256 of every other file, as ``sha256sum -c`` reads it."""
 FORMAT = "megatron_syne.certificate"
 VERSION = 2
 KINDS = ("hf", "shards", "torch_dist")
@@ -80,7 +90,9 @@ def read_certificate(folder: Path) -> dict[str, Any]:
         good &= all(_has(t, dtype=str, shape=list, blake3=str) for t in raw["tensors"].values())
         good &= all(_has(f, size=int, rest=str) for f in raw["files"].values())
         good &= all(_has(d, size=int, sha256=str) for d in raw["documents"].values())
-        good &= all(_has(f, size=int, sha256=str) for f in source["files"].values())
+        good &= all(
+            _has(f, size=int, sha256=str) or _has(f, size=int, rest=str) for f in source["files"].values()
+        )
         good &= all(
             _has(p, pieces=list) and "padding_rows" in p
             for parameters in raw["slices"].values()
@@ -97,7 +109,7 @@ def read_certificate(folder: Path) -> dict[str, Any]:
 
 
 def _has(entry: Mapping[str, Any], **types: type) -> bool:
-    return all(type(entry[key]) is kind for key, kind in types.items())
+    return all(type(entry.get(key)) is kind for key, kind in types.items())
 
 
 def weights_fingerprint(tensors: Mapping[str, Mapping[str, Any]]) -> str:
@@ -120,6 +132,8 @@ def verify(folder: Path, source: Path | None = None, jobs: int = 0, progress: Pr
     certificate = read_certificate(folder)
     _check_listing(folder, certificate)
     _check_documents(folder, certificate["documents"])
+    if exists_inside(folder, SUMS):
+        _check_sums(folder, {*certificate["files"], *certificate["documents"], CERTIFICATE})
     weights = open_weights(folder)
     try:
         _check_plan(folder, certificate, weights)
@@ -139,6 +153,8 @@ def verify(folder: Path, source: Path | None = None, jobs: int = 0, progress: Pr
 
 def _check_listing(folder: Path, certificate: dict[str, Any]) -> None:
     listed = {*certificate["files"], *certificate["documents"], CERTIFICATE}
+    if exists_inside(folder, SUMS):
+        listed.add(SUMS)
     found = set()
     for parent, folders, names in os.walk(folder):
         links = [name for name in folders if (Path(parent) / name).is_symlink()]
@@ -147,6 +163,24 @@ def _check_listing(folder: Path, certificate: dict[str, Any]) -> None:
         raise DataError(f"{folder / name}: missing, but the certificate lists it")
     for name in sorted(found - listed):
         raise DataError(f"{folder / name}: not in the certificate; the conversion did not write it")
+
+
+def _check_sums(folder: Path, names: set[str]) -> None:
+    """Check a release's ``SHA256SUMS``, which is made after the certificate and so not in it."""
+    recorded: dict[str, str] = {}
+    with os.fdopen(open_inside(folder, SUMS), "rb") as stream:
+        for number, line in enumerate(stream.read(2**20).decode(errors="replace").splitlines(), 1):
+            match = re.fullmatch(r"([0-9a-f]{64})  (.+)", line)
+            if match is None:
+                raise DataError(f"{folder / SUMS}:{number}: not a line of sha256sum: {line[:80]!r}")
+            recorded[match[2]] = match[1]
+    _compare(f"{folder / SUMS}: files", dict.fromkeys(recorded, 0), dict.fromkeys(names, 0))
+    for name, expected in recorded.items():
+        with os.fdopen(open_inside(folder, *name.split("/")), "rb") as stream:
+            found = hashlib.sha256()
+            while block := stream.read(HASH_BLOCK_BYTES):
+                found.update(block)
+        _compare(f"{folder / name}", {SUMS: expected}, {SUMS: found.hexdigest()})
 
 
 def _check_documents(folder: Path, documents: Mapping[str, dict[str, Any]]) -> None:
@@ -282,15 +316,19 @@ def _verify_source(
         def hash_one(name: str, buffers: Buffers, count: Count) -> None:
             hashes[name] = hash_tensor(weights, name, tensors[name]["dtype"], [], buffers, count)
 
-        files: list[Task] = [partial(hash_file, name) for name in origin["files"]]
+        flat = [name for name, entry in origin["files"].items() if "sha256" in entry]
+        files: list[Task] = [partial(hash_file, name) for name in flat]
         todo: list[Task] = [partial(hash_one, name) for name in names]
-        total = sum(paths[name].stat().st_size for name in origin["files"])
+        total = sum(paths[name].stat().st_size for name in flat)
         total += sum(matrix(weights.shapes[n])[0] * weights.row_bytes(n) for n in names)
         work([files, todo], job_count(jobs), lambda done: progress("source", min(done, total), total))
         where = f"is not the file that {folder} was made from"
-        for name, entry in origin["files"].items():
-            recorded = {key: entry.get(key) for key in found[name]} if isinstance(entry, dict) else {}
-            _compare(f"{source / name} {where}", recorded, found[name])
+        for name in flat:
+            _compare(f"{source / name} {where}", dict(origin["files"][name]), found[name])
+        if weights.certificate is not None:  # its tensors are compared below, so this covers the files
+            for name in set(origin["files"]) - set(flat):
+                entry = weights.certificate["files"].get(name, {})
+                _compare(f"{source / name} {where}", dict(origin["files"][name]), entry)
         for name in tensors:
             if name in hashes and hashes[name] != tensors[name]["blake3"]:
                 raise DataError(f"{source}: {name} is not the tensor that {folder} holds")

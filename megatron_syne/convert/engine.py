@@ -23,6 +23,7 @@ from megatron_syne.convert.certificate import (
     CERTIFICATE,
     new_certificate,
 )
+from megatron_syne.convert.feeder import Feeder
 from megatron_syne.convert.files import (
     Progress,
     check_output,
@@ -33,6 +34,7 @@ from megatron_syne.convert.files import (
     write_json,
 )
 from megatron_syne.convert.journal import OUTPUT, Workplace, partial_folder, tidy, workplace
+from megatron_syne.convert.lanes import feed_only, read_file, whole_tensor_files
 from megatron_syne.convert.numbers import ITEM_BYTES
 from megatron_syne.convert.outfile import STAGES_BYTES, OutFile
 from megatron_syne.convert.pieces import Span, matrix
@@ -45,7 +47,7 @@ from megatron_syne.convert.slices import (
     rest_hash,
     slices,
 )
-from megatron_syne.convert.streams import Place, Target, TargetFile, Weights
+from megatron_syne.convert.streams import Place, StoredWeights, Target, TargetFile, Weights
 from megatron_syne.convert.tiles import (
     HASH_BLOCK_BYTES,
     TILE_BYTES,
@@ -64,7 +66,8 @@ class Estimate:
     """What a conversion will take."""
 
     read_bytes: int
-    """Tensors once, and the source's files once more for their SHA-256 (from the page cache, mostly)."""
+    """Tensors, and once more for their SHA-256 the source's files that do not hold whole tensors (from the page
+    cache, mostly)."""
     write_bytes: int
     files: int
     memory_bytes: int
@@ -74,7 +77,8 @@ class Estimate:
 def estimate(weights: Weights, target: Target, jobs: int = 0) -> Estimate:
     """Bytes read and written, files, and memory of a conversion, without doing any of it."""
     tensors = sum(matrix(shape)[0] * weights.row_bytes(name) for name, shape in weights.shapes.items())
-    sources = sum(path.stat().st_size for path in weights.files().values())
+    once = whole_tensor_files(weights)
+    again = {} if _certified(weights, target) else weights.files()
     widest = max((weights.row_bytes(name) for name in weights.shapes), default=0)
     converted = any(
         place.shift or len({place.dtype, target.dtypes[name], weights.dtypes[name]}) > 1
@@ -82,17 +86,19 @@ def estimate(weights: Weights, target: Target, jobs: int = 0) -> Estimate:
         for place in places
     )
     tile = max(TILE_BYTES, widest)
-    each = (_CONVERSION_TILES if converted else _PLAIN_TILES) * tile + STAGES_BYTES + HASH_BLOCK_BYTES
+    each = (_PLAIN_TILES + (_CONVERSION_TILES if converted else 0)) * tile + STAGES_BYTES + HASH_BLOCK_BYTES
     return Estimate(
-        read_bytes=tensors + sources,
+        read_bytes=tensors + sum(path.stat().st_size for name, path in again.items() if name not in once),
         write_bytes=target.size_bytes,
         files=len(target.files) + len(target.documents) + 1,
         memory_bytes=job_count(jobs) * each + _FIXED_BYTES,
     )
 
 
-_PLAIN_TILES = 3  # the tile, stored rows that it is put together from, what was read back
-_CONVERSION_TILES = 14  # bf16 to fp32 and back: values, their bits, the rounding's intermediate results
+_PLAIN_TILES = (
+    7  # the tile, those on their way to SHA-256, stored rows that one is put together from, one read back
+)
+_CONVERSION_TILES = 6  # of smaller ones: values, their bits, the rounding's intermediate results
 _FIXED_BYTES = 24 * 2**20  # plan, certificate, stacks of threads
 
 
@@ -198,21 +204,29 @@ def _move(
     done: dict[str, str] = {}
     if place.resumed:
         done = read_back(weights, target, place, files, jobs, progress)
-    tensors, paths = dict(done), weights.files()
+    certified = _certified(weights, target)
+    tensors, paths = dict(done), {} if certified else weights.files()
     sources = {
         name: {"size": paths[name].stat().st_size, "sha256": digest}
         for name, digest in place.finished.get("file", {}).items()
         if name in paths
     }
 
-    def move_one(name: str, buffers: Buffers, count: Count) -> None:
-        tensors[name], exact = write_tensor(weights, target, name, files, buffers, count)
+    def move_one(name: str, buffers: Buffers, count: Count, feeder: Feeder | None = None) -> None:
+        if name in tensors and feeder is not None:
+            feed_only(weights, name, buffers, count, feeder)
+            return
+        tensors[name], exact = write_tensor(weights, target, name, files, buffers, count, feeder)
         if not exact:
             rounded.append(name)
         place.note("tensor", name, tensors[name])
 
     def hash_one(name: str, buffers: Buffers, count: Count) -> None:
-        found = sha256_file(paths[name], buffers, lambda _: count(0))
+        if name in lanes:
+            assert isinstance(weights, StoredWeights)
+            found = read_file(weights, name, lanes[name], move_one, buffers, count)
+        else:
+            found = sha256_file(paths[name], buffers, lambda _: count(0))
         sources[name] = found
         place.note("file", name, found["sha256"])
 
@@ -221,12 +235,35 @@ def _move(
 
     total = sum(map(written, target.places))
     before = sum(map(written, done))
-    hashing: list[Task] = [partial(hash_one, name) for name in paths if name not in sources]
-    moving: list[Task] = [partial(move_one, name) for name in large_first(weights) if name not in done]
+    unhashed = [name for name in paths if name not in sources]
+    lanes = {file: own for file, own in whole_tensor_files(weights).items() if file in unhashed}
+    on_the_way = {place.piece.source for own in lanes.values() for place in own}
+    hashing: list[Task] = [partial(hash_one, name) for name in unhashed]
+    moving: list[Task] = [
+        partial(move_one, name)
+        for name in large_first(weights)
+        if name not in done and name not in on_the_way
+    ]
     work([hashing, moving], jobs, lambda size: progress("writing", before + size, total))
     progress("writing", total, total)
+    if certified:
+        for name, known in certified["tensors"].items():
+            if tensors[name] != known["blake3"] and name not in rounded:
+                raise DataError(
+                    f"{weights.folders()[0]}: {name} is not what {CERTIFICATE} there says; the files are damaged. "
+                    f"Convert from another copy, or remove {CERTIFICATE} to take them as they are"
+                )
+        sources = certified["files"]
     found: dict[str, Any] = {"files": dict(sorted(sources.items()))}
     return tensors, found | ({"rounded": sorted(rounded)} if rounded else {})
+
+
+def _certified(weights: Weights, target: Target) -> dict[str, Any] | None:
+    """The certificate of a source whose tensors keep their format: they are hashed on their way, and so checked
+    against it, which makes hashes of the source's files superfluous."""
+    if isinstance(weights, StoredWeights) and target.dtypes == weights.dtypes:
+        return weights.certificate
+    return None
 
 
 def _open_new(folder: Path, name: str) -> OutFile:

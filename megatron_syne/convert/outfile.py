@@ -9,19 +9,24 @@ from __future__ import annotations
 import errno
 import mmap
 import os
+import threading
+from collections.abc import Callable
+from queue import SimpleQueue
 
 import numpy as np
 
 from megatron_syne.convert.numbers import ITEM_BYTES
+from megatron_syne.convert.pieces import Span
 from megatron_syne.convert.streams import Bytes, Place
 
 PAGE = 4096
 """Offsets, lengths and addresses of direct writes are multiples of it (no disk in use asks for more)."""
 STAGE_BYTES = 4 * 2**20
 """Written at once."""
-STAGES_BYTES = 8 * 2**20
+STAGES_BYTES = 16 * 2**20
 """Memory of one thread for what waits to be written."""
 _LEAST_STAGE = 2**16
+_SPARE_STAGES = 3
 
 
 class OutFile:
@@ -65,14 +70,109 @@ class OutFile:
                 os.close(descriptor)
 
 
-class Stream:
-    """Bytes on their way to consecutive places of a file, gathered in ``stage`` (memory that begins on a page;
-    two pages or more)."""
+class Writer:
+    """A few threads that write whole pages while others fill the next: a direct write needs no processor."""
 
-    def __init__(self, file: OutFile, offset: int, stage: Bytes) -> None:
-        self._file, self._stage = file, stage
+    def __init__(self, number: int) -> None:
+        self._queue: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        self._threads = [threading.Thread(target=self._loop, daemon=True) for _ in range(number)]
+        for thread in self._threads:
+            thread.start()
+
+    def submit(self, job: Callable[[], None]) -> None:
+        """Do ``job``, which raises nothing, soon."""
+        self._queue.put(job)
+
+    def close(self) -> None:
+        """Wait until all jobs are done."""
+        for _ in self._threads:
+            self._queue.put(None)
+        for thread in self._threads:
+            thread.join()
+
+    def _loop(self) -> None:
+        while (job := self._queue.get()) is not None:
+            job()
+
+
+class Stages:
+    """One thread's memory for streams: cut into equal stages, which go round between it and the writer."""
+
+    def __init__(self, writer: Writer | None = None) -> None:
+        """Without a ``writer`` pages are written at once."""
+        self._writer = writer
+        self._memory: Bytes | None = None
+        self._free: SimpleQueue[Bytes] = SimpleQueue()
+        self._number = 0
+        self._error: BaseException | None = None
+        self._later: list[tuple[OutFile, int, bytes]] = []
+
+    def cut(self, streams: int) -> int:
+        """Have stages for as many streams at once, and some more to be filled while others are written; for how
+        many streams there really are. No stream may be under way."""
+        if self._memory is None:
+            self._memory = np.frombuffer(mmap.mmap(-1, STAGES_BYTES), np.uint8)
+        size = STAGES_BYTES // (streams + _SPARE_STAGES) // PAGE * PAGE
+        size = max(_LEAST_STAGE, min(STAGE_BYTES, size))
+        self._free = SimpleQueue()
+        starts = range(0, STAGES_BYTES - size + 1, size)
+        for at in starts:
+            self._free.put(self._memory[at : at + size])
+        self._number = len(starts)
+        return self._number - 1
+
+    def take(self) -> Bytes:
+        """A stage; waits for the writer where all are full. Raises what went wrong in the writer."""
+        stage = self._free.get()
+        if self._error is not None:
+            self._free.put(stage)
+            raise self._error
+        return stage
+
+    def give(self, stage: Bytes) -> None:
+        """A stage that is not needed any more."""
+        self._free.put(stage)
+
+    def write(self, file: OutFile, stage: Bytes, pages: Span, offset: int) -> None:
+        """Write bytes ``pages`` of a stage to ``offset`` of a file; the stage is free afterwards."""
+
+        def job() -> None:
+            try:
+                view = memoryview(stage)  # type: ignore[arg-type]
+                file.write_pages(view[pages[0] : pages[1]], offset)
+            except BaseException as error:
+                self._error = error
+            self._free.put(stage)
+
+        if self._writer is None:
+            job()
+        else:
+            self._writer.submit(job)
+
+    def write_later(self, file: OutFile, view: memoryview, offset: int) -> None:
+        """Write a few bytes through the page cache, but only in :meth:`drain`: the kernel would have them wait
+        for the direct writes under way to the same file, and the next direct writes for them."""
+        self._later.append((file, offset, bytes(view)))
+
+    def drain(self) -> None:
+        """Wait until all is written. Raises what went wrong. No stream may be under way."""
+        for stage in [self._free.get() for _ in range(self._number)]:
+            self._free.put(stage)
+        if self._error is not None:
+            raise self._error
+        for file, offset, content in self._later:
+            file.write(memoryview(content), offset)
+        self._later.clear()
+
+
+class Stream:
+    """Bytes on their way to consecutive places of a file."""
+
+    def __init__(self, file: OutFile, offset: int, stages: Stages) -> None:
+        self._file, self._stages = file, stages
+        self._stage = stages.take()
         self._offset = offset
-        """Byte of the file where ``stage[self._start]`` goes; both are equally far into a page."""
+        """Byte of the file where ``_stage[_start]`` goes; both are equally far into a page."""
         self._start = self._stop = offset % PAGE
 
     def append(self, part: Bytes) -> None:
@@ -92,6 +192,17 @@ class Stream:
                 self._append(part[row])
                 row += 1
 
+    def finish(self) -> None:
+        """Write what is left, the pages perhaps only soon (``Stages.drain``)."""
+        pages = self._pages()
+        if pages[0] < pages[1]:
+            self._write_odd(self._start, pages[0])
+            self._write_odd(pages[1], self._stop)
+            self._stages.write(self._file, self._stage, pages, self._offset + pages[0] - self._start)
+        else:  # less than a page
+            self._write_odd(self._start, self._stop)
+            self._stages.give(self._stage)
+
     def _append(self, line: Bytes) -> None:
         while len(line):
             count = min(len(line), len(self._stage) - self._stop)
@@ -102,55 +213,41 @@ class Stream:
                 self._flush()
 
     def _flush(self) -> None:
-        """Write the whole pages; what is left moves to the front."""
-        first = -(-self._start // PAGE) * PAGE
-        last = self._stop // PAGE * PAGE
-        view = memoryview(self._stage)  # type: ignore[arg-type]
-        if first >= last:  # less than one page
-            return
-        if self._start < first:
-            self._file.write(view[self._start : first], self._offset)
+        """Hand the whole pages of a full stage to the writer; what is left goes to the front of the next."""
+        full, (first, last) = self._stage, self._pages()
+        self._write_odd(self._start, first)
         at = self._offset + first - self._start
-        self._file.write_pages(view[first:last], at)
         left = self._stop - last
-        self._stage[:left] = self._stage[last : self._stop]
+        self._stages.write(self._file, full, (first, last), at)
+        self._stage = self._stages.take()  # perhaps the same: nobody else fills stages, so its end is intact
+        self._stage[:left] = full[last : self._stop]
         self._offset, self._start, self._stop = at + last - first, 0, left
 
-    def finish(self) -> None:
-        """Write what is left."""
-        self._flush()
-        if self._start < self._stop:
-            view = memoryview(self._stage)[self._start : self._stop]  # type: ignore[arg-type]
-            self._file.write(view, self._offset)
-            self._start = self._stop
+    def _pages(self) -> Span:
+        """The whole pages among what is in the stage."""
+        return -(-self._start // PAGE) * PAGE, self._stop // PAGE * PAGE
 
-
-class Stages:
-    """One thread's memory for streams: cut into as many stages as are needed at once."""
-
-    def __init__(self) -> None:
-        self._memory: Bytes = np.frombuffer(mmap.mmap(-1, STAGES_BYTES), np.uint8)
-        self._free: list[Bytes] = []
-
-    def cut(self, count: int) -> None:
-        """Have ``count`` stages, if that many of a sensible size fit. No stream may be under way."""
-        size = max(_LEAST_STAGE, min(STAGE_BYTES, STAGES_BYTES // max(1, count) // PAGE * PAGE))
-        self._free = [self._memory[at : at + size] for at in range(0, STAGES_BYTES - size + 1, size)]
-
-    def take(self) -> Bytes | None:
-        """A stage, or None where all are in use."""
-        return self._free.pop() if self._free else None
-
-    def give(self, stage: Bytes) -> None:
-        """A stage that a finished stream had."""
-        self._free.append(stage)
+    def _write_odd(self, start: int, stop: int) -> None:
+        """Write part of a page."""
+        if start < stop:
+            view = memoryview(self._stage)[start:stop]  # type: ignore[arg-type]
+            self._stages.write_later(self._file, view, self._offset + start - self._start)
 
 
 def is_streamed(place: Place) -> bool:
     """Whether a place is one run of bytes, and long enough to be worth a stream."""
+    whole_rows = place.piece.cols[1] - place.piece.cols[0] == place.columns
+    return whole_rows and _size(place) >= _LEAST_STAGE
+
+
+def is_small(place: Place) -> bool:
+    """Whether a place is so short that its bytes can wait in memory."""
+    return _size(place) < _LEAST_STAGE
+
+
+def _size(place: Place) -> int:
     (top, bottom), (left, right) = place.piece.rows, place.piece.cols
-    stride = place.columns * ITEM_BYTES[place.dtype]
-    return right - left == place.columns and (bottom - top) * stride >= _LEAST_STAGE
+    return (bottom - top) * (right - left) * ITEM_BYTES[place.dtype]
 
 
 def open_at_once(places: list[Place]) -> int:

@@ -16,17 +16,20 @@ from typing import Any
 import numpy as np
 from blake3 import blake3
 
+from megatron_syne.convert.feeder import Feeder
 from megatron_syne.convert.files import open_inside, read_exactly
 from megatron_syne.convert.numbers import ITEM_BYTES, convert
-from megatron_syne.convert.outfile import OutFile, Stages, Stream, is_streamed, open_at_once
+from megatron_syne.convert.outfile import OutFile, Stages, Stream, is_small, is_streamed, open_at_once
 from megatron_syne.convert.pieces import Span, matrix
 from megatron_syne.convert.streams import Bytes, Place, StoredWeights, Target, Weights
 from megatron_syne.errors import DataError
 
-TILE_BYTES = 2**20
-"""About the second-level cache of a core: what was read is hashed and written while it is there."""
+TILE_BYTES = 2 * 2**20
+"""Small enough to be still in the processor's cache when it is hashed and written."""
+_CONVERTED_TILES = 4
+"""So many times smaller are tiles that are converted, which takes many arrays of their size."""
 
-HASH_BLOCK_BYTES = 2**18
+HASH_BLOCK_BYTES = 2**20
 """Read at a time for a hash alone: small enough to be still in the processor's cache when it is hashed."""
 
 Count = Callable[[int], None]
@@ -57,46 +60,50 @@ def tiles(rows: int, row_bytes: int) -> Iterator[Span]:
 
 
 def write_tensor(
-    weights: Weights, target: Target, name: str, files: Mapping[str, OutFile], buffers: Buffers, count: Count
+    weights: Weights,
+    target: Target,
+    name: str,
+    files: Mapping[str, OutFile],
+    buffers: Buffers,
+    count: Count,
+    feeder: Feeder | None = None,
 ) -> tuple[str, bool]:
     """Write a tensor to all its places; BLAKE3 of its bytes as a reader of the target sees them, and whether
     they are the same as before (fp32 less 1 does not hold every bit of an fp32 number, nor of a tiny bf16 one).
 
-    ``count`` gets the bytes written. Raises DataError for values that the target's format cannot hold, OSError.
+    ``count`` gets the bytes written, ``feeder`` the tensor as it was read. Raises DataError for values that the
+    target's format cannot hold, OSError.
     """
     digest = blake3()
     dtype, places = target.dtypes[name], target.places[name]
-    under_way: dict[int, tuple[Stream, Bytes]] = {}
-    streamed = [place for place in places if is_streamed(place)]
-    buffers.stages.cut(open_at_once(streamed))
+    long = [place for place in places if is_streamed(place)]
+    room = buffers.stages.cut(open_at_once(long)) if long else 0
+    streams: dict[int, Stream] = {}
     shifted = next((place for place in places if place.shift), None)
     exact = True
-    for span, tile in read_tiles(weights, name, dtype, buffers):
+    for span, tile in read_tiles(weights, name, dtype, buffers, feeder):
         if shifted is not None:
             stored = convert(tile, dtype, shifted.dtype, shifted.shift, name)
             seen = convert(stored, shifted.dtype, dtype, -shifted.shift, name)
             exact = exact and np.array_equal(seen, tile)
             tile = seen
         digest.update(flat(tile))
-        for place in places:
+        for index, place in enumerate(places):
             rows = common(span, place.piece.rows)
             if rows is None:
                 continue
             part = stored_form(place, rows, span, tile, dtype)
-            stream = under_way.get(id(place))
-            if stream is None and rows[0] == place.piece.rows[0] and is_streamed(place):
-                stage = buffers.stages.take()
-                if stage is not None:
-                    start = place.rows_at(rows)[0]
-                    stream = under_way[id(place)] = (Stream(files[place.file], start, stage), stage)
-            if stream is None:
-                put(files[place.file], place, rows, part)
+            if rows[0] == place.piece.rows[0] and len(streams) < room and is_streamed(place):
+                streams[index] = Stream(files[place.file], place.rows_at(rows)[0], buffers.stages)
+            if index not in streams:
+                write = buffers.stages.write_later if is_small(place) else OutFile.write
+                put(files[place.file], place, rows, part, write)
             else:
-                stream[0].append(part)
+                streams[index].append(part)
                 if rows[1] == place.piece.rows[1]:
-                    stream[0].finish()
-                    buffers.stages.give(under_way.pop(id(place))[1])
+                    streams.pop(index).finish()
             count(part.size)
+    buffers.stages.drain()
     return digest.hexdigest(), exact
 
 
@@ -128,13 +135,19 @@ def hash_tensor(
     return digest.hexdigest()
 
 
-def read_tiles(weights: Weights, name: str, dtype: str, buffers: Buffers) -> Iterator[tuple[Span, Bytes]]:
+def read_tiles(
+    weights: Weights, name: str, dtype: str, buffers: Buffers, feeder: Feeder | None = None
+) -> Iterator[tuple[Span, Bytes]]:
     """The tensor's rows in ``dtype``, tile by tile; each is valid until the next."""
     stored, row_bytes = weights.dtypes[name], weights.row_bytes(name)
-    for span in tiles(matrix(weights.shapes[name])[0], row_bytes):
-        tile = buffers.get("tile", span[1] - span[0], row_bytes)
+    wide = row_bytes if stored == dtype else _CONVERTED_TILES * row_bytes
+    for span in tiles(matrix(weights.shapes[name])[0], wide):
+        size = (span[1] - span[0], row_bytes)
+        tile = buffers.get("tile", *size) if feeder is None else feeder.get(*size)
         weights.read(name, span, tile)
         yield span, tile if stored == dtype else convert(tile, stored, dtype, 0.0, name)
+        if feeder is not None:
+            feeder.put()
 
 
 def common(a: Span, b: Span) -> Span | None:
@@ -154,14 +167,16 @@ def stored_form(place: Place, rows: Span, span: Span, tile: Bytes, dtype: str) -
     return convert(part, dtype, place.dtype, place.shift, f"{place.file}: {place.parameter}")
 
 
-def put(file: OutFile, place: Place, rows: Span, part: Bytes) -> None:
+def put(
+    file: OutFile, place: Place, rows: Span, part: Bytes, write: Callable[[OutFile, memoryview, int], None]
+) -> None:
     """Write rows of a tensor, in stored form, to a place that is not streamed."""
     start, stride = place.rows_at(rows)
     if part.shape[1] == stride:
-        file.write(flat(np.ascontiguousarray(part)), start)
+        write(file, flat(np.ascontiguousarray(part)), start)
     else:
         for index in range(len(part)):
-            file.write(flat(part[index]), start + index * stride)
+            write(file, flat(part[index]), start + index * stride)
 
 
 def take(descriptor: int, place: Place, rows: Span, out: Bytes, folder: Path) -> None:

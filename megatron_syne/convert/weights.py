@@ -116,13 +116,15 @@ class WeightSource:
         return next(iter(dtypes.values()))
 
 
-def open_source(path: str | Path, make_vocab_size_divisible_by: int | None = None) -> WeightSource:
+def open_source(
+    path: str | Path, make_vocab_size_divisible_by: int | None = None, hf_config: Path | None = None
+) -> WeightSource:
     """Open weights in any format; checks everything but their values.
 
-    ``make_vocab_size_divisible_by``: padding rule for :meth:`WeightSource.parameter`; not given = the one of
+    ``hf_config``: folder with the ``config.json`` of a checkpoint that has none. ``make_vocab_size_divisible_by``: padding rule for :meth:`WeightSource.parameter`; not given = the one of
     the shards, 1 for other formats. Raises MissingInput, DataError, SecurityRefusal.
     """
-    stored = open_weights(path)
+    stored = open_weights(path, hf_config)
     multiple = make_vocab_size_divisible_by
     if multiple is None:
         multiple = stored.model.make_vocab_size_divisible_by if stored.kind == "shards" else 1

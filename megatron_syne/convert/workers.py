@@ -7,9 +7,14 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 
+from megatron_syne.convert.outfile import Stages, Writer
 from megatron_syne.convert.tiles import Buffers, Count
 
 MAX_JOBS = 16
+_WRITERS = 4
+"""Direct writes under way at once: what one fast disk needs to be busy."""
+_LATER = 5
+"""Niceness of threads that begin with another queue than the first."""
 Task = Callable[[Buffers, Count], None]
 
 
@@ -31,6 +36,7 @@ def work(queues: Sequence[Sequence[Task]], jobs: int, tick: Callable[[int], None
     """
     waiting = [deque(queue) for queue in queues if queue]
     lock, stop = threading.Lock(), threading.Event()
+    writer = Writer(_WRITERS)
     errors: list[BaseException] = []
     done = 0
 
@@ -42,8 +48,10 @@ def work(queues: Sequence[Sequence[Task]], jobs: int, tick: Callable[[int], None
             done += size
 
     def loop(index: int) -> None:
-        buffers = Buffers()
+        buffers = Buffers(stages=Stages(writer))
         try:
+            if index:  # the first queue's tasks are few and long: what else there is must not hold them up
+                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _LATER)
             while True:
                 with lock:
                     queue = next((q for q in (*waiting[index:], *waiting[:index]) if q), None)
@@ -72,5 +80,6 @@ def work(queues: Sequence[Sequence[Task]], jobs: int, tick: Callable[[int], None
         for thread in threads:
             if thread.ident is not None:
                 thread.join()
+        writer.close()
     if errors:
         raise errors[0]

@@ -44,6 +44,7 @@ def compare(
     tokens: Sequence[int] | None = None,
     seed: int = 0,
     tolerance: float = TOLERANCE,
+    hf_config: Path | None = None,
     progress: Progress = quiet,
 ) -> Report:
     """Compare the hidden states after every layer and all logits; both sides in fp32 on the CPU.
@@ -59,7 +60,7 @@ def compare(
     """
     from megatron_syne.convert.weights import open_source
 
-    source = open_source(weights)
+    source = open_source(weights, hf_config=hf_config)
     try:
         return compare_source(
             source,

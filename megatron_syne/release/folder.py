@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megatron_syne.convert.certificate import CERTIFICATE, SUMS
 from megatron_syne.convert.engine import convert
 from megatron_syne.convert.files import BLOCK_BYTES, Progress, check_output, open_inside, quiet, sync_folder
 from megatron_syne.convert.formats.detect import open_weights
@@ -37,9 +38,7 @@ from megatron_syne.release.licences import LICENCE_FILES, broken_terms, choose, 
 from megatron_syne.release.private import find_private
 from megatron_syne.release.run_facts import locate, read_run
 
-CERTIFICATE = "certificate.json"
 CARD = "README.md"
-SUMS = "SHA256SUMS"
 
 # Where transformers notes the folder that a file was loaded from; nothing reads them.
 _LOCAL_KEYS = ("_name_or_path", "name_or_path", "special_tokens_map_file", "tokenizer_file", "vocab_file")

@@ -14,13 +14,13 @@ import pytest
 from blake3 import blake3
 from engine_toys import PLANS, contents, make_source, opened, read_all, several_files, shards, write_naively
 
-from megatron_syne.convert import outfile, tiles
+from megatron_syne.convert import engine, outfile, tiles
 from megatron_syne.convert.certificate import CERTIFICATE, read_certificate
 from megatron_syne.convert.engine import convert, estimate
 from megatron_syne.convert.formats.detect import open_weights
 from megatron_syne.convert.formats.hf import plan_hf
 from megatron_syne.convert.numbers import from_float32, to_float32
-from megatron_syne.errors import CannotCreate, DataError
+from megatron_syne.errors import CannotCreate, DataError, StoppedCleanly
 
 
 @pytest.fixture(scope="module")
@@ -155,6 +155,62 @@ def test_the_same_again_gives_the_same_bytes(source: Path, tmp_path: Path) -> No
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
 
 
+def insert_buffer(path: Path, name: str) -> None:
+    """Put 100 bytes of another tensor behind the first one of a safetensors file."""
+    raw = path.read_bytes()
+    start = 8 + int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8:start])
+    at = min(entry["data_offsets"][1] for tensor, entry in header.items() if tensor != "__metadata__")
+    for entry in (entry for tensor, entry in header.items() if tensor != "__metadata__"):
+        if entry["data_offsets"][0] >= at:
+            entry["data_offsets"] = [offset + 100 for offset in entry["data_offsets"]]
+    header[name] = {"dtype": "F32", "shape": [25], "data_offsets": [at, at + 100]}
+    text = json.dumps(header).encode()
+    path.write_bytes(
+        len(text).to_bytes(8, "little") + text + raw[start : start + at] + bytes(100) + raw[start + at :]
+    )
+
+
+def test_source_files_are_hashed_as_they_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several files, with tensors that are not the model's between, finished in part by an earlier run."""
+    source = make_source(tmp_path / "source")
+    weights = opened(source)
+    convert(weights, several_files(weights), tmp_path / "several")
+    (tmp_path / "several" / CERTIFICATE).unlink()
+    index = tmp_path / "several" / "model.safetensors.index.json"
+    raw = json.loads(index.read_text())
+    first = tmp_path / "several" / min(raw["weight_map"].values())
+    buffer = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    insert_buffer(first, buffer)
+    raw["weight_map"][buffer] = first.name
+    index.write_text(json.dumps(raw))
+
+    def stop_at(step: int) -> None:
+        real, calls = engine.write_tensor, 0
+
+        def call(*arguments: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls == step:
+                raise KeyboardInterrupt
+            return real(*arguments)
+
+        with monkeypatch.context() as patch, pytest.raises(StoppedCleanly):
+            patch.setattr(engine, "write_tensor", call)
+            convert(opened(folder), shards(opened(folder)), tmp_path / "out", jobs=1)
+
+    folder = tmp_path / "several"
+    assert opened(folder).ignored == [buffer]
+    stop_at(4)
+    stop_at(9)
+    found = convert(opened(folder), shards(opened(folder)), tmp_path / "out")
+    assert found["source"]["files"] == {
+        path.name: {"size": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+        for path in folder.glob("*.safetensors")
+    }
+    assert found["tensors"] == convert(weights, shards(weights), tmp_path / "plain")["tensors"]
+
+
 def test_the_chain_leads_to_the_first_source(source: Path, tmp_path: Path) -> None:
     first = convert(opened(source), shards(opened(source)), tmp_path / "shards")
     weights = open_weights(tmp_path / "shards")
@@ -184,8 +240,13 @@ def test_estimate(source: Path, tmp_path: Path) -> None:
     written = contents(tmp_path / "out")
     assert found.files == len(written)
     assert found.write_bytes == sum(map(len, written.values())) - len(written[CERTIFICATE])
-    size = (source / "model.safetensors").stat().st_size
-    assert found.read_bytes == size + 2 * _elements(opened(source))
+    size = 2 * _elements(opened(source))
+    assert found.read_bytes == size, "each file once, for its tensors and its own hash"
+    stored = open_weights(tmp_path / "out")
+    assert estimate(stored, several_files(stored), 2).read_bytes == size, "certified: no hash of files"
+    stored.certificate = None
+    files = sum(path.stat().st_size for path in stored.files().values())
+    assert estimate(stored, several_files(stored), 2).read_bytes == size + files
     assert estimate(opened(source), target, 4).memory_bytes > found.memory_bytes
 
 

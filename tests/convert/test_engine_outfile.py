@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_syne.convert import outfile
-from megatron_syne.convert.outfile import PAGE, OutFile, Stages, Stream, open_at_once
+from megatron_syne.convert.outfile import PAGE, OutFile, Stages, Stream, Writer, open_at_once
 from megatron_syne.convert.pieces import Piece
 from megatron_syne.convert.streams import Place
 
@@ -28,6 +28,7 @@ SIZE = 40 * PAGE
     ),
     stages=st.integers(1, 4),
     direct=st.booleans(),
+    threads=st.booleans(),
 )
 @settings(deadline=None, max_examples=300)
 def test_stream(
@@ -36,6 +37,7 @@ def test_stream(
     parts: list[tuple[int, int, int]],
     stages: int,
     direct: bool,
+    threads: bool,
 ) -> None:
     """``parts``: rows, bytes of a row, bytes between rows in memory."""
     with pytest.MonkeyPatch.context() as patch:
@@ -45,11 +47,10 @@ def test_stream(
             patch.setattr(os, "O_DIRECT", 0)
         path = tmp_path_factory.getbasetemp() / "stream"
         path.write_bytes(b"\xee" * SIZE)
-        file, pool = OutFile(path), Stages()
-        pool.cut(stages)
-        stage = pool.take()
-        assert stage is not None
-        stream, expected, random = Stream(file, offset, stage), b"", np.random.default_rng(len(parts))
+        writer = Writer(2) if threads else None
+        file, pool = OutFile(path), Stages(writer)
+        assert pool.cut(stages) >= 1
+        stream, expected, random = Stream(file, offset, pool), b"", np.random.default_rng(len(parts))
         for rows, width, gap in parts:
             rows = min(rows, (SIZE - offset - len(expected)) // width)
             if rows > 0:
@@ -57,7 +58,10 @@ def test_stream(
                 stream.append(wide[:, :width])
                 expected += wide[:, :width].tobytes()
         stream.finish()
+        pool.drain()
         file.close()
+        if writer is not None:
+            writer.close()
     raw = path.read_bytes()
     assert raw[offset : offset + len(expected)] == expected
     assert raw[:offset] == b"\xee" * offset
@@ -68,11 +72,12 @@ def test_two_streams_that_meet_within_a_page(tmp_path: Path) -> None:
     file, pool = OutFile(tmp_path / "file"), Stages()
     os.ftruncate(file.descriptor, 10 * PAGE)
     pool.cut(2)
-    one, two = (Stream(file, at, pool.take()) for at in (0, 3 * PAGE + 100))  # type: ignore[arg-type]
+    one, two = (Stream(file, at, pool) for at in (0, 3 * PAGE + 100))
     two.append(np.full((1, 2 * PAGE), 2, np.uint8))
     one.append(np.full((1, 3 * PAGE + 100), 1, np.uint8))
     two.finish()
     one.finish()
+    pool.drain()
     file.close()
     raw = (tmp_path / "file").read_bytes()
     assert raw == b"\1" * (3 * PAGE + 100) + b"\2" * 2 * PAGE + bytes(10 * PAGE - 5 * PAGE - 100)
@@ -115,7 +120,7 @@ def test_whole_pages_are_written_directly(tmp_path: Path, monkeypatch: pytest.Mo
     )
     file, pool = OutFile(tmp_path / "file"), Stages()
     pool.cut(1)
-    stream = Stream(file, 10, pool.take())  # type: ignore[arg-type]
+    stream = Stream(file, 10, pool)
     stream.append(np.zeros((3, outfile.STAGE_BYTES // 2), np.uint8))
     stream.finish()
     file.close()
@@ -123,6 +128,25 @@ def test_whole_pages_are_written_directly(tmp_path: Path, monkeypatch: pytest.Mo
     assert written[0][0] == PAGE and written[-1][0] + written[-1][1] == end // PAGE * PAGE
     assert all(a + b == c for (a, b), (c, _) in itertools.pairwise(written))
     assert all(at % PAGE == 0 and size % PAGE == 0 for at, size in written)
+
+
+def test_what_goes_wrong_in_the_writer_is_raised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(self: OutFile, view: memoryview, offset: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(OutFile, "write_pages", full)
+    writer = Writer(1)
+    file, pool = OutFile(tmp_path / "file"), Stages(writer)
+    pool.cut(1)
+    stream = Stream(file, 0, pool)
+    with pytest.raises(OSError, match="No space left"):
+        for _ in range(10):  # one of these, when the stages have gone round
+            stream.append(np.zeros((1, outfile.STAGE_BYTES), np.uint8))
+    pool.cut(1)
+    writer.close()
+    with pytest.raises(OSError, match="No space left"):
+        pool.drain()
+    file.close()
 
 
 def test_streams_open_at_once() -> None:

@@ -435,10 +435,17 @@ def test_a_training_checkpoint_of_megatron(run_dir: Path, base: Path, tmp_path: 
     second.close()
 
 
-@pytest.mark.xfail(strict=True, reason="verify does not know SHA256SUMS yet")
 def test_verify(base: Path, tmp_path: Path) -> None:
     out = release(base, tmp_path / "out", dtype=None)
     assert verify(out, base).kind == "hf"
+    sums = out / "SHA256SUMS"
+    lines = sums.read_text().splitlines(keepends=True)
+    sums.write_text("".join(lines[1:]))
+    with pytest.raises(DataError, match="SHA256SUMS"):
+        verify(out)
+    sums.write_text("0" * 64 + lines[0][64:] + "".join(lines[1:]))
+    with pytest.raises(DataError, match="SHA256SUMS"):
+        verify(out)
 
 
 def test_existing_output(base: Path, tmp_path: Path) -> None:
