@@ -45,7 +45,7 @@ REQUIRES = [
 HUGGING_FACE = ["huggingface_hub>=0.34", "transformers>=4.55,<6"]
 
 EXTRAS = {
-    # transformers: the demo's last step, the judge of verify --logits and of the tests; the hub: ids in place of folders.
+    # transformers: the demo's last step, the judge of verify --logits and of the tests; the hub: its ids.
     "hf": HUGGING_FACE,
     # Builds against the installed torch: install a CUDA torch first, then this with --no-build-isolation.
     # Never on a machine without CUDA libraries: there it breaks `import megatron.core` itself. No extra

@@ -121,7 +121,8 @@ def open_source(
 ) -> WeightSource:
     """Open weights in any format; checks everything but their values.
 
-    ``hf_config``: folder with the ``config.json`` of a checkpoint that has none. ``make_vocab_size_divisible_by``: padding rule for :meth:`WeightSource.parameter`; not given = the one of
+    ``hf_config``: folder with the ``config.json`` of a checkpoint that has none.
+    ``make_vocab_size_divisible_by``: padding rule for :meth:`WeightSource.parameter`; not given = the one of
     the shards, 1 for other formats. Raises MissingInput, DataError, SecurityRefusal.
     """
     stored = open_weights(path, hf_config)

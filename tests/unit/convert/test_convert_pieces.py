@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from megatron_syne.config.schema import ModelConfig, ParallelConfig
 from megatron_syne.convert.families import llama
-from megatron_syne.convert.pieces import Piece, hf_shapes, local_shape, matrix, overlap, pieces
 from megatron_syne.convert.formats.shards import make_layout
+from megatron_syne.convert.pieces import Piece, hf_shapes, local_shape, matrix, overlap, pieces
 from megatron_syne.convert.table import at_layer, entries, find, hf_tensors
 from megatron_syne.errors import ConfigError
 from megatron_syne.models.config import padded_vocab_size
