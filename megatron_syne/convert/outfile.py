@@ -27,6 +27,7 @@ STAGES_BYTES = 16 * 2**20
 """Memory of one thread for what waits to be written."""
 _LEAST_STAGE = 2**16
 _SPARE_STAGES = 3
+_LATER = 128
 
 
 class OutFile:
@@ -107,9 +108,12 @@ class Stages:
         self._error: BaseException | None = None
         self._later: list[tuple[OutFile, int, bytes]] = []
 
-    def cut(self, streams: int) -> int:
-        """Have stages for as many streams at once, and some more to be filled while others are written; for how
-        many streams there really are. No stream may be under way."""
+    def room(self, streams: int) -> int:
+        """Have stages for as many streams at once and for what is being written; for how many there really are.
+        No stream may be under way."""
+        if self._number > streams:
+            return self._number - 1
+        self.drain()
         if self._memory is None:
             self._memory = np.frombuffer(mmap.mmap(-1, STAGES_BYTES), np.uint8)
         size = STAGES_BYTES // (streams + _SPARE_STAGES) // PAGE * PAGE
@@ -150,16 +154,21 @@ class Stages:
             self._writer.submit(job)
 
     def write_later(self, file: OutFile, view: memoryview, offset: int) -> None:
-        """Write a few bytes through the page cache, but only in :meth:`drain`: the kernel would have them wait
-        for the direct writes under way to the same file, and the next direct writes for them."""
+        """Write a few bytes through the page cache, many at a time: the kernel has them wait for the direct
+        writes that are under way to the same file, and the next direct writes for them."""
         self._later.append((file, offset, bytes(view)))
+        if len(self._later) >= _LATER:
+            self._write_waiting()
 
     def drain(self) -> None:
         """Wait until all is written. Raises what went wrong. No stream may be under way."""
         for stage in [self._free.get() for _ in range(self._number)]:
             self._free.put(stage)
+        self._write_waiting()
         if self._error is not None:
             raise self._error
+
+    def _write_waiting(self) -> None:
         for file, offset, content in self._later:
             file.write(memoryview(content), offset)
         self._later.clear()
@@ -171,6 +180,7 @@ class Stream:
     def __init__(self, file: OutFile, offset: int, stages: Stages) -> None:
         self._file, self._stages = file, stages
         self._stage = stages.take()
+        self._held = True
         self._offset = offset
         """Byte of the file where ``_stage[_start]`` goes; both are equally far into a page."""
         self._start = self._stop = offset % PAGE
@@ -195,12 +205,19 @@ class Stream:
     def finish(self) -> None:
         """Write what is left, the pages perhaps only soon (``Stages.drain``)."""
         pages = self._pages()
+        self._held = False
         if pages[0] < pages[1]:
             self._write_odd(self._start, pages[0])
             self._write_odd(pages[1], self._stop)
             self._stages.write(self._file, self._stage, pages, self._offset + pages[0] - self._start)
         else:  # less than a page
             self._write_odd(self._start, self._stop)
+            self._stages.give(self._stage)
+
+    def abandon(self) -> None:
+        """Give the memory back; what was not written is lost."""
+        if self._held:
+            self._held = False
             self._stages.give(self._stage)
 
     def _append(self, line: Bytes) -> None:
@@ -219,7 +236,9 @@ class Stream:
         at = self._offset + first - self._start
         left = self._stop - last
         self._stages.write(self._file, full, (first, last), at)
+        self._held = False
         self._stage = self._stages.take()  # perhaps the same: nobody else fills stages, so its end is intact
+        self._held = True
         self._stage[:left] = full[last : self._stop]
         self._offset, self._start, self._stop = at + last - first, 0, left
 

@@ -71,39 +71,43 @@ def write_tensor(
     """Write a tensor to all its places; BLAKE3 of its bytes as a reader of the target sees them, and whether
     they are the same as before (fp32 less 1 does not hold every bit of an fp32 number, nor of a tiny bf16 one).
 
-    ``count`` gets the bytes written, ``feeder`` the tensor as it was read. Raises DataError for values that the
+    All is written after ``buffers.stages.drain()``. ``count`` gets the bytes, ``feeder`` the tensor as it was
+    read. Raises DataError for values that the
     target's format cannot hold, OSError.
     """
     digest = blake3()
     dtype, places = target.dtypes[name], target.places[name]
     long = [place for place in places if is_streamed(place)]
-    room = buffers.stages.cut(open_at_once(long)) if long else 0
+    room = buffers.stages.room(open_at_once(long)) if long else 0
     streams: dict[int, Stream] = {}
     shifted = next((place for place in places if place.shift), None)
     exact = True
-    for span, tile in read_tiles(weights, name, dtype, buffers, feeder):
-        if shifted is not None:
-            stored = convert(tile, dtype, shifted.dtype, shifted.shift, name)
-            seen = convert(stored, shifted.dtype, dtype, -shifted.shift, name)
-            exact = exact and np.array_equal(seen, tile)
-            tile = seen
-        digest.update(flat(tile))
-        for index, place in enumerate(places):
-            rows = common(span, place.piece.rows)
-            if rows is None:
-                continue
-            part = stored_form(place, rows, span, tile, dtype)
-            if rows[0] == place.piece.rows[0] and len(streams) < room and is_streamed(place):
-                streams[index] = Stream(files[place.file], place.rows_at(rows)[0], buffers.stages)
-            if index not in streams:
-                write = buffers.stages.write_later if is_small(place) else OutFile.write
-                put(files[place.file], place, rows, part, write)
-            else:
-                streams[index].append(part)
-                if rows[1] == place.piece.rows[1]:
-                    streams.pop(index).finish()
-            count(part.size)
-    buffers.stages.drain()
+    try:
+        for span, tile in read_tiles(weights, name, dtype, buffers, feeder):
+            if shifted is not None:
+                stored = convert(tile, dtype, shifted.dtype, shifted.shift, name)
+                seen = convert(stored, shifted.dtype, dtype, -shifted.shift, name)
+                exact = exact and np.array_equal(seen, tile)
+                tile = seen
+            digest.update(flat(tile))
+            for index, place in enumerate(places):
+                rows = common(span, place.piece.rows)
+                if rows is None:
+                    continue
+                part = stored_form(place, rows, span, tile, dtype)
+                if rows[0] == place.piece.rows[0] and len(streams) < room and is_streamed(place):
+                    streams[index] = Stream(files[place.file], place.rows_at(rows)[0], buffers.stages)
+                if index not in streams:
+                    write = buffers.stages.write_later if is_small(place) else OutFile.write
+                    put(files[place.file], place, rows, part, write)
+                else:
+                    streams[index].append(part)
+                    if rows[1] == place.piece.rows[1]:
+                        streams.pop(index).finish()
+                count(part.size)
+    finally:  # none is left where all went well
+        for stream in streams.values():
+            stream.abandon()
     return digest.hexdigest(), exact
 
 

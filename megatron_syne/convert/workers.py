@@ -50,21 +50,22 @@ def work(queues: Sequence[Sequence[Task]], jobs: int, tick: Callable[[int], None
     def loop(index: int) -> None:
         buffers = Buffers(stages=Stages(writer))
         try:
-            if index:  # the first queue's tasks are few and long: what else there is must not hold them up
-                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _LATER)
-            while True:
-                with lock:
-                    queue = next((q for q in (*waiting[index:], *waiting[:index]) if q), None)
-                    task = queue.popleft() if queue else None
-                if task is None:
-                    return
-                count(0)
-                task(buffers, count)
+            try:
+                while (task := take(index)) is not None:
+                    count(0)
+                    task(buffers, count)
+            finally:
+                buffers.stages.drain()
         except _Stopped:
             pass
         except BaseException as error:
             errors.append(error)
             stop.set()
+
+    def take(index: int) -> Task | None:
+        with lock:
+            queue = next((q for q in (*waiting[index:], *waiting[:index]) if q), None)
+            return queue.popleft() if queue else None
 
     number = min(jobs, sum(map(len, waiting)))
     threads = [threading.Thread(target=loop, args=(i % len(waiting),), daemon=True) for i in range(number)]

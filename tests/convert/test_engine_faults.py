@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 from engine_toys import PLANS, contents, make_source, opened, several_files, shards
 
-from megatron_syne.convert import engine, journal
+from megatron_syne.convert import engine, journal, tiles
 from megatron_syne.convert.engine import convert
 from megatron_syne.convert.journal import partial_folder
 from megatron_syne.errors import CannotCreate, IOFault, StoppedCleanly
@@ -312,6 +312,29 @@ def test_nothing_is_kept_that_the_disk_may_not_hold(
             convert(opened(source), shards(opened(source)), tmp_path / "out")
     names = written_by(source, tmp_path / "out", monkeypatch)
     assert len(names) == len(opened(source).shapes)
+
+
+def test_stopped_within_a_tensor(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With streams open and pages on their way."""
+    monkeypatch.setattr(tiles, "TILE_BYTES", 4096)
+
+    class Breaking(tiles.Stream):
+        appended = 0
+
+        def append(self, part: Any) -> None:
+            type(self).appended += 1
+            if self.appended == 30:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            super().append(part)
+
+    for jobs in (1, 3):
+        with monkeypatch.context() as patch, pytest.raises(IOFault, match="No space left"):
+            patch.setattr(tiles, "Stream", Breaking)
+            convert(opened(source), shards(opened(source)), tmp_path / "out", jobs=jobs)
+        Breaking.appended = 0
+    convert(opened(source), shards(opened(source)), tmp_path / "out")
+    convert(opened(source), shards(opened(source)), tmp_path / "whole")
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
 def test_more_files_than_a_process_may_open(source: Path, tmp_path: Path) -> None:

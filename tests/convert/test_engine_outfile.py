@@ -49,7 +49,7 @@ def test_stream(
         path.write_bytes(b"\xee" * SIZE)
         writer = Writer(2) if threads else None
         file, pool = OutFile(path), Stages(writer)
-        assert pool.cut(stages) >= 1
+        assert pool.room(stages) >= 1
         stream, expected, random = Stream(file, offset, pool), b"", np.random.default_rng(len(parts))
         for rows, width, gap in parts:
             rows = min(rows, (SIZE - offset - len(expected)) // width)
@@ -71,7 +71,7 @@ def test_stream(
 def test_two_streams_that_meet_within_a_page(tmp_path: Path) -> None:
     file, pool = OutFile(tmp_path / "file"), Stages()
     os.ftruncate(file.descriptor, 10 * PAGE)
-    pool.cut(2)
+    pool.room(2)
     one, two = (Stream(file, at, pool) for at in (0, 3 * PAGE + 100))
     two.append(np.full((1, 2 * PAGE), 2, np.uint8))
     one.append(np.full((1, 3 * PAGE + 100), 1, np.uint8))
@@ -119,7 +119,7 @@ def test_whole_pages_are_written_directly(tmp_path: Path, monkeypatch: pytest.Mo
         OutFile, "write_pages", lambda self, view, offset: written.append((offset, len(view)))
     )
     file, pool = OutFile(tmp_path / "file"), Stages()
-    pool.cut(1)
+    pool.room(1)
     stream = Stream(file, 10, pool)
     stream.append(np.zeros((3, outfile.STAGE_BYTES // 2), np.uint8))
     stream.finish()
@@ -137,15 +137,15 @@ def test_what_goes_wrong_in_the_writer_is_raised(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(OutFile, "write_pages", full)
     writer = Writer(1)
     file, pool = OutFile(tmp_path / "file"), Stages(writer)
-    pool.cut(1)
+    pool.room(1)
     stream = Stream(file, 0, pool)
     with pytest.raises(OSError, match="No space left"):
         for _ in range(10):  # one of these, when the stages have gone round
             stream.append(np.zeros((1, outfile.STAGE_BYTES), np.uint8))
-    pool.cut(1)
-    writer.close()
+    stream.abandon()
     with pytest.raises(OSError, match="No space left"):
         pool.drain()
+    writer.close()
     file.close()
 
 
