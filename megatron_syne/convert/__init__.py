@@ -1,9 +1,9 @@
-"""Hugging Face weights to Megatron shards and back.
+"""Weights from any format to any other, proved, in bounded memory, as fast as the disk.
 
 Reading order: ``pieces`` (the idea: every parameter of a rank is made of rectangles of Hugging Face tensors),
-``llama`` (the table of the family, data only), ``table`` (names looked up in it), ``files`` and
-``safetensors_io`` (safe reading, streaming writing), ``store`` (any rectangle out of any stored layout),
-``hf_io`` and ``shards_io`` (the two kinds of folder), ``source`` (weights to start from), ``importing`` and
-``export`` (the two directions), ``artifacts`` (what travels beside the tensors), ``certificate`` (hashes of
-it all). Needs no GPU and never holds more than a few parameters at a time.
+``families/`` (a table each, data only), ``table`` (names looked up in it), ``streams`` (weights to read, places to
+write), ``formats/`` (where the rectangles lie: hf, shards, torch_dist, megatron_pt), ``engine`` (moves them) with
+``lanes``, ``tiles``, ``feeder``, ``workers`` and ``outfile`` (read once, hashed and written beside each other) and
+``journal`` (what an interrupted one has done), ``certificate`` (proves it), ``surgery/`` (weights computed from
+weights), ``weights`` (tensors for training; the only part that needs torch), ``artifacts`` and ``hub``, ``cli``.
 """

@@ -1,8 +1,9 @@
 """The one engine of every conversion: bytes from any weights to any target, hashed as they pass.
 
-A thread reads each source file for its SHA-256 while others take the tensors through memory tile by tile
-(``tiles``), each tile hashed and written to every place that it has in the target. The output grows in a
-scratch folder and takes its name when all of it is on the disk (``journal``).
+Tensors pass through memory tile by tile (``tiles``), each tile hashed and written to every place that it has
+in the target. A source file that holds whole tensors is read once, from end to end, for them and for its own
+SHA-256 (``lanes``); one that holds parts is hashed beside. The output grows in a scratch folder and takes its
+name when all of it is on the disk (``journal``).
 """
 
 from __future__ import annotations
