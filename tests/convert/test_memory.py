@@ -76,7 +76,7 @@ def measure(source: Path, plan: str, dtype: str, out: Path) -> tuple[int, int, i
 
 @pytest.mark.parametrize("dtype", ["", "F32"], ids=["as it is", "converted"])
 def test_memory_is_flat_and_as_estimated(tmp_path: Path, dtype: str) -> None:
-    """Into shards, and from them to torch_dist and to Hugging Face; 100 MB and 400 MB."""
+    """Into shards, and from them to torch_dist and to Hugging Face; 120 MB and 570 MB."""
     found: dict[str, list[tuple[int, int, int]]] = {}
     for layers in (4, 24):
         source, shards = tmp_path / f"source{layers}", tmp_path / f"shards{layers}"
@@ -93,6 +93,8 @@ def test_memory_is_flat_and_as_estimated(tmp_path: Path, dtype: str) -> None:
         for out in (tmp_path / "torch_dist", tmp_path / "hf"):
             subprocess.run(["rm", "-r", str(out)], check=True)
     for small, large in found.values():
-        slack = 8 * 2**20  # names and places of six times the tensors, moments of the allocator
+        # 450 MB more pass through. Between runs the peak moves with how many reads, hashes and writes
+        # happen to be in flight at one moment (10 MB apart was seen); the bound on that is the estimate.
+        slack = 32 * 2**20
         assert large[0] <= small[0] + slack and large[1] <= small[1] + slack
         assert large[2] == small[2]
