@@ -30,6 +30,7 @@ def read_description() -> str:
 REQUIRES = [
     "megatron-core==0.16.1",  # exact: platform/cpu.py bridges this version's internals
     "blake3>=1",
+    "matplotlib>=3.8",
     "numpy>=1.26",
     "packaging>=24",
     "psutil>=6",
@@ -37,11 +38,15 @@ REQUIRES = [
     "safetensors>=0.5",
     "sentencepiece>=0.2",
     "tensorboard>=2.19",
+    "tiktoken>=0.9",
     "tokenizers>=0.22",
     "torch>=2.6",
     "tqdm>=4.66",
+    "zstandard>=0.23",
 ]
 
+# Preparing data beyond JSONL: parquet files, the topic classifier.
+DATA = ["pyarrow>=17", "scikit-learn>=1.5"]
 HUGGING_FACE = ["huggingface_hub>=0.34", "transformers>=4.55,<6"]
 
 EXTRAS = {
@@ -51,8 +56,10 @@ EXTRAS = {
     # Never on a machine without CUDA libraries: there it breaks `import megatron.core` itself. No extra
     # includes it for that reason.
     "te": ["transformer-engine[pytorch,core_cu13]>=2.9,<2.12; sys_platform == 'linux'"],
+    "data": DATA,
     "dali": ["nvidia-dali-cuda130>=2.0; sys_platform == 'linux'"],
     "dev": [
+        *DATA,
         *HUGGING_FACE,
         "hypothesis>=6.100",
         "mypy>=2.4",

@@ -115,6 +115,22 @@ class SourceConfig:
 
     path: str = field(default="", metadata={"path": True, "required": True})
     """Prefix of the ``.bin``/``.idx``/``.json`` files."""
+    order: Literal["shuffled", "ordered"] = "shuffled"
+    """``shuffled``: documents in a new random order in each epoch; ``ordered``: as they stand in the file, or by
+    ``order_by``, in every epoch."""
+    order_by: str | None = None
+    """With ``ordered``: a number stored with each document (``prepare_data.py --keep``), read from low to high;
+    equal ones as they stand in the file."""
+    max_epochs: float = 1.0
+    """How often the source may be read; a mixture that needs more is refused. ``.inf`` = as often as needed."""
+    first_tokens: int | None = None
+    """Use only the first documents of the file, until they hold this many tokens."""
+    top_fraction: float | None = None
+    """Use only the best documents, until they hold this share of the tokens (``top_by`` says what is best)."""
+    top_by: str | None = None
+    """The number stored with each document that ``top_fraction`` goes by."""
+    top_is: Literal["highest", "lowest"] = "highest"
+    """Whether the best documents are those with the highest or the lowest number."""
 
 
 @dataclass
@@ -128,6 +144,22 @@ class StageConfig:
     mixture: dict[str, Any] = field(default_factory=dict)
     """Share of each source: ``source: 0.2``, or a group ``zh: {share: 0.2, of: {zh_web: 0.7, zh_book: 0.3}}``
     to any depth. Shares of one level must sum to 1."""
+    seq_length: int | None = None
+    """Tokens per sample in this stage; not given = ``data.seq_length``."""
+
+
+@dataclass
+class ReweightingConfig:
+    """Online re-weighting of the sources in one group by their validation perplexity (Llama-3-SynE's topics)."""
+
+    group: str = field(default="", metadata={"required": True})
+    """Name of a group in a stage's mixture; every source in it needs a validation source of the same name."""
+    interval: int = field(default=0, metadata={"required": True})
+    """Iterations from one adjustment to the next: a multiple of ``train.eval_interval``."""
+    alpha: float = 0.1
+    """Strength: a source's share is multiplied by 1 + alpha x delta x weight before all are normalised."""
+    weights: dict[str, float] = field(default_factory=dict)
+    """Weight of single sources; not given = 1."""
 
 
 @dataclass
@@ -144,6 +176,22 @@ class DataConfig:
     """Validation sources by name; each gets its own loss and perplexity."""
     stages: list[StageConfig] = field(default_factory=list)
     """Stages in the order they are trained; a change of stage falls on a global-batch boundary."""
+    packing: Literal["concatenated", "best_fit"] = "concatenated"
+    """``concatenated``: documents one after another, cut at the sequence length (Llama-3-SynE); ``best_fit``: whole
+    documents fitted into samples, padded; only longer ones are cut."""
+    reset_attention_mask: bool = False
+    """A token attends only to its own document."""
+    reset_position_ids: bool = False
+    """Positions count from each document's begin (rotary positions are relative: with ``reset_attention_mask``
+    they do so in effect; this says it in the batch too)."""
+    eod_mask_loss: bool = False
+    """Leave out of the loss what is predicted from the end of a document: the next one's first token."""
+    reweighting: list[ReweightingConfig] = field(default_factory=list)
+    """Groups whose shares follow the validation perplexity."""
+    index_cache: str | None = path()
+    """Folder of the orders of documents, made once and shared by all ranks; not given = below ``run_dir``."""
+    loader: Literal["thread", "dali"] = "thread"
+    """What prepares batches ahead: a thread, or NVIDIA DALI (if installed); the batches are the same."""
     mock: bool = False
     """Use reproducible random tokens in place of sources (benchmarks, layout tests)."""
 
