@@ -6,6 +6,7 @@
 #
 # PYTHON   Python 3.11 or 3.12 that makes the environment (looked for under its usual names)
 # VENV     where the environment goes
+# EXTRAS   optional parts to install, of setup.py (dev); dev,dali adds NVIDIA DALI, 600 MB on disk
 # JOBS     test files that run at the same time (2); a layout test starts up to 5 processes of its own
 # PYTEST_ARGS, DEMO_ARGS   further arguments, for example: make test PYTEST_ARGS='tests/unit -x'
 #
@@ -23,12 +24,14 @@ SHELL := /bin/bash
 SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))
 PYTHON ?= $(or $(shell for p in python3 python3.12 python3.11; do $$p -c '$(SUPPORTED)' 2>/dev/null && { echo $$p; break; }; done),python3)
 VENV ?= .venv
+EXTRAS ?= dev
 PYTEST_ARGS ?=
 JOBS ?= 2
 DEMO_ARGS ?=
 
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
-READY := $(VENV)/.ready
+COMMA := ,
+READY := $(VENV)/.ready-$(subst $(COMMA),-,$(EXTRAS))
 
 # Two small probes, each read by one test in a process of its own. Never in the environment itself: transformers 4
 # and 5 need different tokenizers, and an installed Transformer Engine breaks `import megatron.core` without CUDA.
@@ -76,7 +79,7 @@ $(READY): setup.py constraints.txt
 	echo "installing torch (the long download; see the head of the Makefile for the CPU build)"
 	$(PIP) install --quiet --constraint constraints.txt torch
 	echo "installing megatron_syne and the tools"
-	$(PIP) install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[$(EXTRAS)]'
 	touch $@
 
 $(TRANSFORMERS5_READY): | $(READY)

@@ -81,6 +81,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11,<3.13",
     packages=find_packages(include=["megatron_syne", "megatron_syne.*"]),
+    package_data={"megatron_syne.curation": ["templates/*.txt"]},
     install_requires=REQUIRES,
     extras_require=EXTRAS,
     classifiers=[

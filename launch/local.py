@@ -1,6 +1,7 @@
 """Run a configuration on this machine: one process per rank, on the loopback interface.
 
     launch/local.sh run.yaml [a.b=c ...] [--dry-run]
+    launch/local.sh run.yaml [a.b=c ...] --score --input DOCUMENTS --output SCORED ...    megatron_syne.score
 
 The world size is what the configuration asks for (TP x PP x CP x DP). Unlike ``torchrun``, which says 1 for
 every failure, this returns the trainer's own exit code: of the first rank that fails, or 75 where all stopped
@@ -133,10 +134,14 @@ def main() -> int:
     if config_path.startswith("-"):
         print(__doc__.strip() if __doc__ else "", file=sys.stderr)
         return 0 if config_path in ("-h", "--help") else EXIT_CONFIG
-    trainer = [sys.executable, "-m", "megatron_syne.train", "--config", config_path, *rest]
+    module, further = "megatron_syne.train", []
+    if "--score" in rest:  # what follows are the other program's own options
+        at = rest.index("--score")
+        module, rest, further = "megatron_syne.score", rest[:at], rest[at + 1 :]
+    command = [sys.executable, "-m", module, "--config", config_path, *rest, *further]
     options = [text for text in rest if text.startswith("-")]
     config = load_config(config_path, [text for text in rest if text not in options])
-    return run_ranks(trainer, 1 if "--dry-run" in options else world_size_of(config.parallel))
+    return run_ranks(command, 1 if "--dry-run" in options else world_size_of(config.parallel))
 
 
 if __name__ == "__main__":

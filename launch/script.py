@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from megatron_syne import __version__
@@ -89,9 +89,17 @@ def _directives(launch: LaunchConfig, run_dir: Path) -> str:
         ("chdir", run_dir),
         ("output", log),
     ]
+    return directives(options, launch.sbatch_args)
+
+
+def directives(options: Iterable[tuple[str, object]], sbatch_args: Iterable[str]) -> str:
+    """``#SBATCH`` lines of options (None = left out) and of further ones as ``--name=value``.
+
+    What a job writes is appended to its log through all its starts, and Slurm may requeue it.
+    """
     lines = [f"--{name}={shlex.quote(str(value))}" for name, value in options if value is not None]
     lines += ["--open-mode=append", "--requeue"]
-    for text in launch.sbatch_args:
+    for text in sbatch_args:
         name, equals, value = text.partition("=")
         lines.append(f"{name}{equals}{shlex.quote(value) if equals else ''}")
     return "\n".join(f"#SBATCH {line}" for line in lines)
@@ -128,13 +136,8 @@ def _unfit_for_a_script(config: RunConfig) -> Iterator[str]:
     texts |= {f"launch.env.{key}": value for key, value in launch.env.items()}
     for key in ("srun_args", "sbatch_args"):
         texts |= {f"launch.{key}.{n}": text for n, text in enumerate(getattr(launch, key))}
-    for key, text in texts.items():
-        # A line break would end an #SBATCH comment; Slurm itself takes a backslash out of a name or path.
-        if re.search(r"[\x00-\x1f\x7f\\]", text):
-            yield f"{key} = {text!r}: no line break, control character or backslash can stand in a batch script"
-    for text in launch.sbatch_args:
-        if not re.fullmatch(r"--[a-z][a-z-]*(=.*)?", text):
-            yield f"launch.sbatch_args: {text!r}: expected one option, as --name or --name=value"
+    yield from unfit_texts(texts)
+    yield from unfit_options("launch.sbatch_args", launch.sbatch_args)
     if launch.signal_lead_seconds > 65535:
         yield f"launch.signal_lead_seconds = {launch.signal_lead_seconds}: Slurm allows at most 65535"
     if "SIGUSR1" not in config.resilience.exit_signals:
@@ -142,3 +145,18 @@ def _unfit_for_a_script(config: RunConfig) -> Iterator[str]:
             f"resilience.exit_signals = {config.resilience.exit_signals}: add SIGUSR1, with which a Slurm job is "
             f"told to save before its time limit"
         )
+
+
+def unfit_texts(texts: Mapping[str, str]) -> Iterator[str]:
+    """What is wrong with values (by the name of their option) that are to stand in a batch script."""
+    for key, text in texts.items():
+        # A line break would end an #SBATCH comment; Slurm itself takes a backslash out of a name or path.
+        if re.search(r"[\x00-\x1f\x7f\\]", text):
+            yield f"{key} = {text!r}: no line break, control character or backslash can stand in a batch script"
+
+
+def unfit_options(key: str, sbatch_args: Iterable[str]) -> Iterator[str]:
+    """What is wrong with further options for sbatch."""
+    for text in sbatch_args:
+        if not re.fullmatch(r"--[a-z][a-z-]*(=.*)?", text):
+            yield f"{key}: {text!r}: expected one option, as --name or --name=value"

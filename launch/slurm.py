@@ -74,22 +74,23 @@ def submit(run_dir: Path) -> int:
     The job is held until its number is in the status file, so that it cannot start before.
     """
     try:
-        text = _slurm("sbatch", "--parsable", "--hold", str(run_dir / "submit.sbatch"))
+        text = slurm_command("sbatch", "--parsable", "--hold", str(run_dir / "submit.sbatch"))
     except ConfigError as error:
         on_node.record(run_dir, "FAILED", reason=str(error))
         raise
     number = int(text.strip().split(";")[0])
     on_node.record(run_dir, "PENDING", job_id=number)
-    _slurm("scontrol", "release", str(number))
+    slurm_command("scontrol", "release", str(number))
     return number
 
 
-def _slurm(*command: str) -> str:
+def slurm_command(*command: str) -> str:
+    """Standard output of a command of Slurm's. Raises ConfigError where it refuses, MissingInput without Slurm."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     except FileNotFoundError:
         raise MissingInput(
-            f"{command[0]} is not here: submit from a machine with Slurm, or use --no-submit or --print"
+            f"{command[0]} is not here: submit from a machine with Slurm, or look with --print"
         ) from None
     if done.returncode != 0:
         raise ConfigError(f"{command[0]} refused: {done.stderr.strip()}")

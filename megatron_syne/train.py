@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_syne.config.loader import load_config, save_resolved, to_yaml
 from megatron_syne.config.schema import LaunchConfig, ModelConfig, RunConfig
-from megatron_syne.data.mixture import MixturePlan, plan_mixture
+from megatron_syne.data.mixture import MixturePlan, plan_mixture, resume_plan
 from megatron_syne.errors import (
     EXIT_OK,
     EXIT_REQUEUE,
@@ -36,6 +36,7 @@ LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pi
 """What gloo says in the survivors of a rank that died; their tracebacks tell nothing about the cause."""
 
 if TYPE_CHECKING:
+    from megatron_syne.data.loader import DataLoader, TrainingLoader
     from megatron_syne.training.callback import Callback
     from megatron_syne.training.trainer import Trainer
 
@@ -73,16 +74,24 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def open_inputs(config: RunConfig, model: ModelConfig) -> None:
-    """Open what the run will read, so that a bad input is told before anything is written or started."""
+    """Open what a new run will read, so that a bad input is told before anything is written or started.
+
+    A run that goes on opens the same when it has read from its checkpoint where it is. The index cache is used
+    where its folder exists or was asked for by name: a bad input leaves no new run folder behind.
+    """
     from megatron_syne.checkpoint.folder import checkpoint_folders, is_checkpoint, read_manifest
     from megatron_syne.convert.weights import open_source
     from megatron_syne.data.build import training_dataset, validation_datasets
+    from megatron_syne.data.loader import index_cache
 
+    if checkpoint_folders(Path(config.run_dir) / "checkpoints"):
+        return
     vocab_size = model.vocab_size or 0
-    training_dataset(config, plan_mixture(config), vocab_size)
-    validation_datasets(config.data, vocab_size)
+    cache = index_cache(config) if config.data.index_cache or index_cache(config).is_dir() else None
+    training_dataset(config, plan_mixture(config), vocab_size, cache)
+    validation_datasets(config, vocab_size, cache)
     start = config.checkpoint.initialize_from
-    if start is None or checkpoint_folders(Path(config.run_dir) / "checkpoints"):
+    if start is None:
         return
     if is_checkpoint(Path(start)):
         read_manifest(Path(start))
@@ -109,7 +118,7 @@ def run(config: RunConfig, model: ModelConfig, platform: Platform, info: RankInf
         trainer = build_trainer(config, model, platform, info)
         trainer.callbacks = [stop, *trainer.callbacks]
         trainer.fit()
-        step, complete = trainer.state.step, trainer.state.step >= trainer.train_iters
+        step, complete = trainer.state.step, trainer.complete
         if info.rank == 0:
             record.write(EXIT_OK if complete else EXIT_REQUEUE, step)
     except (KeyboardInterrupt, SystemExit):
@@ -152,16 +161,19 @@ def build_trainer(config: RunConfig, model: ModelConfig, platform: Platform, inf
 
     from megatron_syne.checkpoint.callback import CheckpointCallback
     from megatron_syne.convert.artifacts import collect_artifacts
+    from megatron_syne.curriculum.reweighting import Reweighting
     from megatron_syne.models.gpt import build_model
     from megatron_syne.training.optimizer import build_optimizer, build_scheduler, connect, wrap_ddp
     from megatron_syne.training.trainer import Trainer
 
     run_dir = Path(config.run_dir)
-    plan, train_data, validation_data = build_data(config, model, info)
     saver = checkpoints.CheckpointManager(
         run_dir / "checkpoints", run_dir / "hf", config.checkpoint.keep_latest
     )
     newest = saver.newest()
+    if newest is not None:
+        checkpoints.check_same_model(newest, model)
+    train_data, validation_data = build_data(config, model, info, newest, platform)
     chunks = build_model(config, model, platform)
     if newest is None and config.checkpoint.initialize_from is not None:
         initialize(config, model, chunks)
@@ -174,39 +186,60 @@ def build_trainer(config: RunConfig, model: ModelConfig, platform: Platform, inf
         platform=platform,
         chunks=ddp_chunks,
         optimizer=optimizer,
-        scheduler=build_scheduler(optimizer, config, plan.train_iters),
+        scheduler=build_scheduler(optimizer, config, train_data.plan),
         train_data=train_data,
         validation_data=validation_data,
-        train_iters=plan.train_iters,
+        train_iters=train_data.plan.train_iters,
     )
     if newest is not None:
-        checkpoints.check_same_run(newest, model, train_data.fingerprint)
         trainer.state = checkpoints.load(newest, ddp_chunks, optimizer)
     if info.rank == 0:
         dtype, start = config.precision.params_dtype, config.checkpoint.initialize_from
         collect_artifacts(run_dir / "hf", model, dtype, start, config.data.tokenizer_path)
     trainer.callbacks = [
-        CheckpointCallback(saver, train_data.fingerprint, trainer.state.step if newest is not None else -1),
+        Reweighting(config),
+        CheckpointCallback(saver, trainer.state.step if newest is not None else -1),
         *(watchers(config, model, run_dir, platform) if info.rank == 0 else []),
     ]
     return trainer
 
 
 def build_data(
-    config: RunConfig, model: ModelConfig, info: RankInfo
-) -> tuple[MixturePlan, Any, dict[str, Any]]:
-    """Plan, training batches and validation batches of this rank."""
+    config: RunConfig, model: ModelConfig, info: RankInfo, checkpoint: Path | None, platform: Platform
+) -> tuple[TrainingLoader, dict[str, DataLoader]]:
+    """Training and validation batches of this rank, from where ``checkpoint`` (None = the start) left off.
+
+    Ranks that need no tokens (pipeline stages in the middle, unless attention is reset) read none.
+    """
     from megatron_syne.data.loader import build_training_data, build_validation_data
 
-    rank = coordinates(info.rank, config.parallel, info.world_size).dp
+    place = coordinates(info.rank, config.parallel, info.world_size)
     size = data_parallel_size(config.parallel, info.world_size)
-    plan = plan_mixture(config)
+    ends = (0, config.parallel.pipeline_model_parallel_size - 1)
+    reads = place.pp in ends or config.data.reset_attention_mask
+    plan, ledger, changes = plan_of(config, checkpoint, info.rank == 0)
     vocab_size = model.vocab_size or 0
-    return (
-        plan,
-        build_training_data(config, plan, vocab_size, rank, size),
-        build_validation_data(config, vocab_size, rank, size),
+    pin = platform.pins_memory
+    train_data = build_training_data(
+        config, plan, vocab_size, place.dp, size, reads, pin, platform.device, ledger, changes
     )
+    return train_data, build_validation_data(config, vocab_size, place.dp, size, reads, pin)
+
+
+def plan_of(
+    config: RunConfig, checkpoint: Path | None, tell: bool
+) -> tuple[MixturePlan, dict[str, Any] | None, list[dict[str, Any]]]:
+    """(plan, ledger of the checkpoint, changes since the run began); what has changed is told where asked."""
+    from megatron_syne.checkpoint.manager import read_ledger
+
+    if checkpoint is None:
+        return plan_mixture(config), None, []
+    ledger, consumed, step = read_ledger(checkpoint)
+    plan, words = resume_plan(config, ledger, consumed)
+    new = [{"sample": consumed, "step": step, "reason": "configuration", "detail": word} for word in words]
+    for word in words if tell else []:
+        print(f"resuming at step {step}: {word}", file=sys.stderr)
+    return plan, ledger, [*ledger["changes"], *new]
 
 
 def initialize(config: RunConfig, model: ModelConfig, chunks: list[Any]) -> None:

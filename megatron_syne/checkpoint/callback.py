@@ -16,12 +16,11 @@ if TYPE_CHECKING:
 class CheckpointCallback(Callback):
     """Saves, and tells the other callbacks."""
 
-    def __init__(self, manager: CheckpointManager, data_fingerprint: str, last_saved: int = -1) -> None:
+    def __init__(self, manager: CheckpointManager, last_saved: int = -1) -> None:
         self.manager = manager
-        self.data_fingerprint = data_fingerprint
         self.last_saved = last_saved
 
-    def on_step_end(self, trainer: Trainer, metrics: dict[str, float]) -> None:
+    def on_step_boundary(self, trainer: Trainer) -> None:
         """Save at the interval; stop cleanly at ``exit_interval``."""
         step, config = trainer.state.step, trainer.config
         if config.checkpoint.save_interval and step % config.checkpoint.save_interval == 0:
@@ -39,7 +38,7 @@ class CheckpointCallback(Callback):
         """Save now."""
         run: dict[str, Any] = {
             "model": asdict(trainer.model_config),
-            "data_fingerprint": self.data_fingerprint,
+            "data": trainer.train_data.ledger(trainer.state.consumed_samples),
             "layout": asdict(trainer.config.parallel),
             "precision": asdict(trainer.config.precision),
         }

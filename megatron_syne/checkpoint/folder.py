@@ -119,7 +119,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def read_run(path: Path) -> dict[str, Any]:
-    """``state.json`` of a checkpoint: counters, model configuration, data fingerprint, layout."""
+    """``state.json`` of a checkpoint: counters, model configuration, ledger of the data, layout."""
     values: dict[str, Any] = json.loads((path / "state.json").read_text())
     return values
 

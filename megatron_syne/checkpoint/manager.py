@@ -32,7 +32,7 @@ class CheckpointManager:
     def save(self, chunks: list[Any], optimizer: Any, state: TrainState, run: dict[str, Any]) -> Path:
         """Write the checkpoint of ``state.step``; returns its folder once it is complete on disk.
 
-        ``run``: plain values kept beside the state (model configuration, data fingerprint, layout).
+        ``run``: plain values kept beside the state (model configuration, ledger of the data, layout).
         """
         final = folders.checkpoint_path(self.root, state.step)
         temporary = final.with_name(final.name + ".tmp")
@@ -153,16 +153,19 @@ def load(path: Path, chunks: list[Any], optimizer: Any | None) -> TrainState:
     return TrainState.from_dict(folders.read_run(path)["state"])
 
 
-def check_same_run(path: Path, model: ModelConfig, data_fingerprint: str) -> None:
-    """Refuse to go on from a checkpoint of another architecture or with other data."""
-    check_same_model(path, model)
-    stored = folders.read_run(path)["data_fingerprint"]
-    if stored != data_fingerprint:
+def read_ledger(path: Path) -> tuple[dict[str, Any], int, int]:
+    """(account of the data read so far, samples consumed, step) of the checkpoint that a run goes on from.
+
+    ConfigError for a checkpoint from before there was this account, which kept a fingerprint in its place.
+    """
+    run = folders.read_run(path)
+    if "data" not in run:
         raise ConfigError(
-            f"{path} was trained on other data (sources, shares, order or sequence length differ: fingerprint "
-            f"{stored[:12]}, now {data_fingerprint[:12]}). Restore the data section, or start a new run_dir with "
-            "checkpoint.initialize_from"
+            f"{path} was written before checkpoints kept an account of the data read, and its order of samples "
+            "is not today's: it cannot be gone on from. Start a new run_dir with checkpoint.initialize_from set "
+            "to it (its weights alone are taken), or finish the run with the version that wrote it"
         )
+    return run["data"], int(run["state"]["consumed_samples"]), int(run["state"]["step"])
 
 
 def check_same_model(path: Path, model: ModelConfig) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Protocol
 
 from megatron_syne.config.schema import ParallelConfig, RunConfig
 from megatron_syne.errors import ConfigError
@@ -56,21 +57,34 @@ def batch_arithmetic(config: RunConfig, data_parallel_size: int) -> BatchArithme
     )
 
 
-def schedule_samples(config: RunConfig, iters: int) -> ScheduleSamples:
-    """Warm-up, decay end and WSD decay in samples, for a run of ``iters`` iterations.
+class RunLength(Protocol):
+    """What the schedule asks of a plan of samples: batch and sequence length may change on the way."""
 
-    A warm-up in tokens is rounded up to whole samples.
-    """
-    schedule, batch = config.schedule, config.train.global_batch_size
+    @property
+    def num_samples(self) -> int:
+        """Samples of the run."""
+
+    @property
+    def train_iters(self) -> int:
+        """Iterations of the run."""
+
+    def sample_at(self, iteration: int) -> int:
+        """First sample of an iteration."""
+
+    def sample_at_tokens(self, tokens: int) -> int:
+        """The least number of samples that hold so many tokens."""
+
+
+def run_schedule(config: RunConfig, run: RunLength) -> ScheduleSamples:
+    """Warm-up, decay end and WSD decay in samples; a warm-up in tokens is rounded up to whole samples."""
+    schedule = config.schedule
     if schedule.lr_warmup_tokens is not None:
-        warmup = -(-schedule.lr_warmup_tokens // config.data.seq_length)
+        warmup = run.sample_at_tokens(schedule.lr_warmup_tokens)
     else:
-        warmup = (schedule.lr_warmup_iters or 0) * batch
-    return ScheduleSamples(
-        warmup=warmup,
-        decay=(schedule.lr_decay_iters or iters) * batch,
-        wsd_decay=(schedule.lr_wsd_decay_iters or 0) * batch,
-    )
+        warmup = run.sample_at(schedule.lr_warmup_iters or 0)
+    end = schedule.lr_decay_iters or run.train_iters
+    decay = run.sample_at(end)
+    return ScheduleSamples(warmup, decay, decay - run.sample_at(end - (schedule.lr_wsd_decay_iters or 0)))
 
 
 def learning_rate(config: RunConfig, samples: ScheduleSamples, consumed_samples: int) -> float:

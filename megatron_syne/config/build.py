@@ -60,6 +60,9 @@ class Builder:
                 self.problems.append(f"{dotted}: unknown key ({child.origin}); {hint}")
             elif child.value is not None:  # null = not given
                 self.origins[dotted] = child.origin
+                if fields[key].metadata.get("infinite") and child.value == math.inf:
+                    given[key] = math.inf
+                    continue
                 value = self.value(hints[key], child, dotted)
                 given[key] = self._path(value, child, dotted) if fields[key].metadata.get("path") else value
         for name, field in fields.items():

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import math
 import os
 import tempfile
 from collections.abc import Sequence
@@ -180,6 +181,8 @@ def _text(dumper: yaml.SafeDumper, value: str) -> yaml.ScalarNode:
 
 
 def _number(dumper: yaml.SafeDumper, value: float) -> yaml.ScalarNode:
+    if value == math.inf:
+        return dumper.represent_scalar("tag:yaml.org,2002:float", ".inf")
     text = repr(value)  # shortest text that reads back to the same number
     return dumper.represent_scalar("tag:yaml.org,2002:float", text if "e" not in text else _dotted(text))
 

@@ -121,7 +121,7 @@ class SourceConfig:
     order_by: str | None = None
     """With ``ordered``: a number stored with each document (``prepare_data.py --keep``), read from low to high;
     equal ones as they stand in the file."""
-    max_epochs: float = 1.0
+    max_epochs: float = field(default=1.0, metadata={"infinite": True})
     """How often the source may be read; a mixture that needs more is refused. ``.inf`` = as often as needed."""
     first_tokens: int | None = None
     """Use only the first documents of the file, until they hold this many tokens."""
@@ -167,7 +167,8 @@ class DataConfig:
     """What is read, in which proportion, in which order."""
 
     seq_length: int = 1024
-    """Tokens per sample that are predicted; a sample holds ``seq_length + 1`` tokens."""
+    """Tokens per sample that are predicted, of validation and of stages without a length of their own; a sample
+    holds ``seq_length + 1`` tokens."""
     tokenizer_path: str | None = path()
     """Folder of the tokenizer; its files are copied into the exported Hugging Face folder."""
     sources: dict[str, SourceConfig] = field(default_factory=dict)
@@ -175,7 +176,8 @@ class DataConfig:
     validation: dict[str, SourceConfig] = field(default_factory=dict)
     """Validation sources by name; each gets its own loss and perplexity."""
     stages: list[StageConfig] = field(default_factory=list)
-    """Stages in the order they are trained; a change of stage falls on a global-batch boundary."""
+    """Stages in the order they are trained; a change of stage falls on a global-batch boundary. A run that goes
+    on may have them changed from the stage that it has reached: each source goes on where it stands."""
     packing: Literal["concatenated", "best_fit"] = "concatenated"
     """``concatenated``: documents one after another, cut at the sequence length (Llama-3-SynE); ``best_fit``: whole
     documents fitted into samples, padded; only longer ones are cut."""

@@ -2,11 +2,13 @@
 
 Only plain data is read: tags (``!!python/...``), anchors, aliases and merge keys are refused, and nothing
 is expanded (no environment variables, no ``~``). Plain scalars follow the YAML 1.2 core schema, so that
-``1e-5`` is a number, ``no`` is text and ``24:00:00`` is text, which YAML 1.1 reads otherwise.
+``1e-5`` is a number, ``no`` is text and ``24:00:00`` is text, which YAML 1.1 reads otherwise; ``.inf`` is the
+infinite number.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,6 +76,8 @@ def resolve_scalar(text: str) -> Scalar:
         return False
     if _INT.fullmatch(text) and len(text) <= 30:  # longer ones are no quantity of a run
         return int(text.replace("_", ""))
+    if text in (".inf", ".Inf", ".INF"):
+        return math.inf
     if _FLOAT.fullmatch(text) and not re.match(r"[-+]?0[0-9]+$", text):
         return float(text)
     return text

@@ -1,179 +1,246 @@
-"""Samples by index: packed documents of one source, and the run's mixture of sources.
+"""Samples by index: tokens of one source at a place of its stream, and the run's mixture of sources.
 
-Packing is Llama-3-SynE's: documents (each ends with EOS) one after another, cut into equal samples; a
-document may go on in the next sample, attention is not reset. A sample is ``seq_length + 1`` tokens and
-shares one token with the next, so each token is predicted once.
+Packing is Llama-3-SynE's unless best fit is asked for: documents (each ends with EOS) one after another, cut
+into equal samples; a document may go on in the next sample. A sample is ``seq_length + 1`` tokens and shares
+one with the next, so each token is predicted once.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
+import dataclasses
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from megatron_syne.data.indexed import IndexedReader
+from megatron_syne.data.ledger import source_options
 from megatron_syne.data.mixture import MixturePlan
+from megatron_syne.data.streams import BestFit, Concatenated, Piece, Range, SourceDocuments, Stream
 from megatron_syne.errors import ConfigError, DataError
 
-_EPOCHS_CACHED = 2
+_NO_ENDS = np.zeros(0, dtype=np.int32)
+
+
+class Sample(NamedTuple):
+    """One sample of sequence length L."""
+
+    tokens: NDArray[np.int64]
+    """[L + 1]: position i is followed by token i + 1; padded with EOS from ``length + 1`` on."""
+    document_ends: NDArray[np.int32]
+    """Positions in [0, L) whose token is the last of a document."""
+    length: int
+    """Positions that have a next token to predict, from the left: L, or fewer where padded."""
 
 
 class Samples(Protocol):
-    """What the loader reads: samples of ``seq_length + 1`` token ids (int64) by index."""
+    """What the loader reads: samples by index."""
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int) -> NDArray[np.int64]: ...
+    def __getitem__(self, index: int) -> Sample: ...
 
 
 class Where(NamedTuple):
-    """Where a sample of the run comes from; ``sample`` counts the source's own over all epochs."""
+    """Where a sample of the run comes from; ``ranges`` tile its source without gap or overlap."""
 
     stage: str
     source: str
     epoch: int
-    sample: int
+    ranges: list[Range]
+    """(document, start, stop) of its L tokens, without the one that is only predicted."""
 
 
-class PackedSource:
-    """Endless samples of one source; each epoch shuffles the documents anew (or never, ``shuffle=False``).
-
-    The order is a function of (seed, name, epoch) alone: the same on any machine and after any resume.
-    The last tokens of an epoch that fill no sample are dropped. DataError where there is not even one.
-    """
-
-    def __init__(
-        self, reader: IndexedReader, seq_length: int, seed: int, name: str, shuffle: bool = True
-    ) -> None:
-        self.reader, self.seq_length, self.seed, self.name = reader, seq_length, seed, name
-        self.shuffle = shuffle
-        self.samples_per_epoch = (reader.num_tokens - 1) // seq_length
-        if self.samples_per_epoch < 1:
-            raise DataError(
-                f"{reader.prefix}: source {name} has {reader.num_tokens} tokens, fewer than one sample of "
-                f"seq_length + 1 = {seq_length + 1}; add text or shorten data.seq_length"
-            )
-        self._epochs: dict[int, tuple[NDArray[np.int64], NDArray[np.int64]]] = {}
-
-    def __getitem__(self, index: int) -> NDArray[np.int64]:
-        epoch, within = divmod(index, self.samples_per_epoch)
-        order, ends = self._epoch(epoch)
-        start, wanted = within * self.seq_length, self.seq_length + 1
-        sample = np.empty(wanted, dtype=np.int64)
-        at = int(np.searchsorted(ends, start, side="right"))  # the document that holds token `start`
-        filled = 0
-        while filled < wanted:
-            document = int(order[at])
-            length = int(self.reader.document_lengths[document])
-            skip = start + filled - (int(ends[at]) - length)
-            take = min(length - skip, wanted - filled)
-            sample[filled : filled + take] = self.reader.read(
-                int(self.reader.document_starts[document]) + skip, take
-            )
-            filled += take
-            at += 1
-        return sample
-
-    def _epoch(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Documents in this epoch's order, and the token at which each ends in its stream."""
-        found = self._epochs.get(epoch)
-        if found is None:
-            count = self.reader.num_documents
-            order = permutation(count, self.seed, self.name, epoch) if self.shuffle else np.arange(count)
-            ends = np.cumsum(self.reader.document_lengths[order], dtype=np.int64)
-            found = (order, ends)
-            kept = {key: self._epochs[key] for key in sorted(self._epochs)[-(_EPOCHS_CACHED - 1) :]}
-            self._epochs = {**kept, epoch: found}
-        return found
-
-
-def permutation(count: int, seed: int, name: str, epoch: int) -> NDArray[np.int64]:
-    """A random order of ``count`` things, from a hash of the other arguments.
-
-    Sorted raw words of Philox, and not ``Generator.permutation``: numpy promises the former the same in
-    every version, the latter not.
-    """
-    digest = hashlib.sha256(json.dumps([seed, name, epoch]).encode("utf-8")).digest()
-    bits = np.random.Philox(key=np.frombuffer(digest[:16], dtype="<u8").astype(np.uint64))
-    return np.argsort(bits.random_raw(count), kind="stable").astype(np.int64)
+def read_sample(reader: IndexedReader, pieces: list[Piece], seq_length: int) -> Sample:
+    """Tokens of the pieces one after another, padded with EOS to ``seq_length + 1``; DataError, OSError."""
+    total = sum(piece.range.stop - piece.range.start for piece in pieces)
+    raw = np.empty(total, dtype=reader.dtype)
+    view, item = memoryview(raw).cast("B"), reader.dtype.itemsize  # type: ignore[arg-type]
+    at = 0
+    ends = []
+    for (document, start, stop), finished in pieces:
+        end = at + stop - start
+        reader.read_into(reader.document_start(document) + start, view[at * item : end * item])
+        at = end
+        if finished and at <= seq_length:
+            ends.append(at - 1)
+    first = pieces[0].range
+    reader.check_tokens(raw, reader.document_start(first.document) + first.start)
+    if total == seq_length + 1:
+        return Sample(raw.astype(np.int64), np.array(ends, dtype=np.int32), seq_length)
+    tokens = np.full(seq_length + 1, reader.eos_id, dtype=np.int64)
+    tokens[:total] = raw
+    return Sample(tokens, np.array(ends, dtype=np.int32), total - 1)
 
 
 class StagedDataset:
-    """The run's samples by global index, as the plan mixes them; ``sources`` must hold all that it uses."""
+    """The run's samples by global index, as the plan mixes them; ``streams`` must hold all that it uses."""
 
-    def __init__(self, plan: MixturePlan, sources: Mapping[str, PackedSource]) -> None:
-        missing = [name for name in plan.sources if plan.samples_of(name) and name not in sources]
+    def __init__(self, plan: MixturePlan, streams: Mapping[str, Stream]) -> None:
+        missing = [name for name in used_sources(plan) if name not in streams]
         if missing:
             raise ConfigError(f"data.sources: the plan uses {', '.join(missing)}, which was not opened")
-        self.plan, self.sources = plan, dict(sources)
+        self.plan, self.streams = plan, dict(streams)
 
     def __len__(self) -> int:
         return self.plan.num_samples
 
-    def __getitem__(self, index: int) -> NDArray[np.int64]:
-        location = self.plan.locate(index)
-        return self.sources[location.source][location.sample]
+    def __getitem__(self, index: int) -> Sample:
+        at = self.plan.locate(index)
+        seq_length = self.plan.segments[at.segment].seq_length
+        stream = self.streams[at.source]
+        return read_sample(
+            stream.documents.reader, stream.pieces(at.position, seq_length + 1, seq_length), seq_length
+        )
 
     def where(self, index: int) -> Where:
-        """Stage, source, epoch of the source and its sample counter."""
+        """Stage, source, epoch of the source at the sample's first token, and document ranges."""
         at = self.plan.locate(index)
-        epoch = at.sample // self.sources[at.source].samples_per_epoch
-        return Where(self.plan.stages[at.stage].name, at.source, epoch, at.sample)
+        segment, stream = self.plan.segments[at.segment], self.streams[at.source]
+        epoch = at.position // stream.epoch_tokens(segment.seq_length)
+        pieces = stream.pieces(at.position, segment.seq_length, segment.seq_length)
+        return Where(segment.stage, at.source, epoch, [piece.range for piece in pieces])
 
-    @property
-    def fingerprint(self) -> str:
-        """SHA-256 of plan, seeds and data: two equal ones give equal samples at every index."""
-        parts: list[Any] = [self.plan.fingerprint()]
-        for name in self.plan.sources:
-            if self.plan.samples_of(name):
-                source = self.sources[name]
-                parts.append([name, source.seed, source.shuffle, source.reader.bin_sha256()])
-        return hashlib.sha256(json.dumps(parts).encode("utf-8")).hexdigest()
+    def seq_length_at(self, index: int) -> int:
+        """Sequence length of a sample."""
+        return self.plan.seq_length_at(index)
+
+    def with_plan(self, plan: MixturePlan) -> StagedDataset:
+        """The same sources under another plan."""
+        return StagedDataset(plan, self.streams)
+
+    def epoch_tokens(self) -> dict[str, int]:
+        """Tokens of one epoch of each source; with best fit of the sequence length that takes most."""
+        lengths = sorted({segment.seq_length for segment in self.plan.segments})
+        return {
+            name: min(stream.epoch_tokens(length) for length in lengths)
+            for name, stream in self.streams.items()
+        }
+
+    def source_facts(self) -> dict[str, dict[str, Any]]:
+        """What the ledger remembers of each source: its options, and digests of the files that were read."""
+        facts: dict[str, dict[str, Any]] = {}
+        for name, stream in self.streams.items():
+            documents = stream.documents
+            digests = {
+                "bin_sha256": documents.reader.bin_sha256(),
+                "idx_sha256": documents.reader.idx_sha256(),
+            }
+            fields = {f"{field}_sha256": digest for field, digest in documents.fields().items()}
+            facts[name] = {"options": source_options(documents.options), **digests, **fields}
+        return facts
+
+    def prepare(self, first: int = 0, end: int | None = None) -> None:
+        """Make what samples ``first`` to ``end`` (None = all) need in the index cache, two sources at a time.
+
+        Not needed: what is missing is made when it is first read, by whichever rank comes first.
+        """
+        end = len(self) if end is None else end
+        with ThreadPoolExecutor(2) as pool:  # numpy sorts without holding the interpreter
+            for _ in pool.map(lambda name: self._prepare(name, first, end), used_sources(self.plan)):
+                pass
+
+    def _prepare(self, name: str, first: int, end: int) -> None:
+        stream, column = self.streams[name], self.plan.sources.index(name)
+        for segment in self.plan.segments:
+            begin, stop = max(first, segment.first_sample), min(end, segment.first_sample + segment.samples)
+            if begin >= stop:
+                continue
+            before, after = self.plan.consumed(begin)[name], self.plan.consumed(stop)[name]
+            position = segment.bases[column] + before - self.plan.consumed(segment.first_sample)[name]
+            step = stream.epoch_tokens(segment.seq_length)
+            last = position + after - before - 1
+            for epoch in range(position // step, last // step + 1) if after > before else ():
+                stream.pieces(max(position, epoch * step), 1, segment.seq_length)
+
+
+def used_sources(plan: MixturePlan) -> list[str]:
+    """Sources that give at least one sample."""
+    return [
+        name
+        for column, name in enumerate(plan.sources)
+        if any(segment.counts[column] for segment in plan.segments)
+    ]
+
+
+def make_stream(documents: SourceDocuments, packing: str) -> Stream:
+    """The stream of a source under ``data.packing``."""
+    return BestFit(documents) if packing == "best_fit" else Concatenated(documents)
 
 
 class ValidationSource:
-    """One pass over a source in file order: the same samples at every evaluation."""
+    """One pass over a source in file order, the same samples at every evaluation; the last one is padded.
 
-    def __init__(self, reader: IndexedReader, seq_length: int, name: str) -> None:
-        self.name = name
-        self._source = PackedSource(reader, seq_length, seed=0, name=name, shuffle=False)
+    DataError where there is not even one token to predict.
+    """
+
+    def __init__(self, documents: SourceDocuments, seq_length: int) -> None:
+        options = dataclasses.replace(documents.options, order="ordered", order_by=None)
+        documents = SourceDocuments(documents.reader, documents.name, 0, options, documents.cache)
+        self.name, self.seq_length = documents.name, seq_length
+        self._stream = Concatenated(documents)
+        self._samples = -(-(documents.tokens - 1) // seq_length)
+        if self._samples < 1:
+            raise DataError(
+                f"{documents.reader.prefix}: validation source {self.name} has one token; there is none to predict"
+            )
 
     def __len__(self) -> int:
-        return self._source.samples_per_epoch
+        return self._samples
 
-    def __getitem__(self, index: int) -> NDArray[np.int64]:
+    def __getitem__(self, index: int) -> Sample:
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of validation source {self.name} with {len(self)}")
-        return self._source[index]
+        position = index * self.seq_length
+        count = min(self.seq_length + 1, self._stream.documents.tokens - position)
+        pieces = self._stream.pieces(position, count, self.seq_length)
+        return read_sample(self._stream.documents.reader, pieces, self.seq_length)
+
+    def seq_length_at(self, index: int) -> int:
+        """The same for all."""
+        return self.seq_length
 
 
 class MockDataset:
     """Random tokens as a function of (seed, index): for benchmarks and layout tests."""
 
-    def __init__(self, vocab_size: int, seq_length: int, num_samples: int, seed: int) -> None:
+    def __init__(
+        self,
+        vocab_size: int,
+        seq_length: int,
+        num_samples: int,
+        seed: int,
+        plan: MixturePlan | None = None,
+    ) -> None:
         self.vocab_size, self.seq_length, self.seed = vocab_size, seq_length, seed
+        self.plan = plan
         self._num_samples = num_samples
 
     def __len__(self) -> int:
         return self._num_samples
 
-    def __getitem__(self, index: int) -> NDArray[np.int64]:
+    def __getitem__(self, index: int) -> Sample:
         if not 0 <= index < self._num_samples:
             raise IndexError(f"sample {index} of {self._num_samples}")
         bits = np.random.Philox(key=np.array([self.seed % 2**64, index], dtype=np.uint64))
         words = bits.random_raw(self.seq_length + 1)
-        return (words % np.uint64(self.vocab_size)).astype(np.int64)
+        return Sample((words % np.uint64(self.vocab_size)).astype(np.int64), _NO_ENDS, self.seq_length)
 
     def where(self, index: int) -> Where:
-        """All of it is stage and source ``mock``."""
-        return Where("mock", "mock", 0, index)
+        """All of it is stage and source ``mock``, one document without an end."""
+        start = index * self.seq_length
+        return Where("mock", "mock", 0, [Range(0, start, start + self.seq_length)])
 
-    @property
-    def fingerprint(self) -> str:
-        """SHA-256 of what decides the samples."""
-        parts = ["mock", self.vocab_size, self.seq_length, self.seed]
-        return hashlib.sha256(json.dumps(parts).encode("utf-8")).hexdigest()
+    def seq_length_at(self, index: int) -> int:
+        """The same for all."""
+        return self.seq_length
+
+    def with_plan(self, plan: MixturePlan) -> MockDataset:
+        """The same tokens under another plan."""
+        return MockDataset(self.vocab_size, self.seq_length, plan.num_samples, self.seed, plan)
+
+    def source_facts(self) -> dict[str, dict[str, Any]]:
+        """There is no file to remember."""
+        return {}

@@ -20,15 +20,17 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import stat
 import struct
-from array import array
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_syne.data.index_cache import Entry, IndexCache, OpenFile
+from megatron_syne.data.index_check import IndexArrays, check_index, document_extents
 from megatron_syne.errors import DataError, MissingInput
 
 MANIFEST_FORMAT = "megatron_syne.tokens"
@@ -36,6 +38,7 @@ MANIFEST_VERSION = 1
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")
+IDX_HEADER_BYTES = _HEADER.size
 _CODES: dict[int, np.dtype[Any]] = {8: np.dtype("<u2"), 4: np.dtype("<i4")}
 _BLOCK = 1 << 20
 _MAX_MANIFEST_BYTES = 1 << 26
@@ -47,77 +50,128 @@ def token_dtype(vocab_size: int) -> np.dtype[Any]:
 
 
 class IndexedWriter:
-    """Write documents to an open ``.bin`` and, at ``finish``, their index to an open ``.idx``."""
+    """Write documents to a ``.bin`` and its ``.idx``, both open for writing and reading (``r+b``, ``w+b``).
+
+    Memory does not grow with the documents: their lengths go straight to their place in the index, and
+    ``finish`` reads them back for what follows there.
+    """
 
     def __init__(self, bin_stream: BinaryIO, idx_stream: BinaryIO, dtype: np.dtype[Any]) -> None:
         self._bin, self._idx, self._dtype = bin_stream, idx_stream, dtype
-        self._lengths = array("i")
-        self._bin_digest, self._idx_digest = hashlib.sha256(), hashlib.sha256()
+        self._digest = hashlib.sha256()
+        self._idx.write(bytes(_HEADER.size))  # no reader takes it for an index before ``finish``
         self.tokens = 0
-
-    @property
-    def documents(self) -> int:
-        """Documents written so far."""
-        return len(self._lengths)
+        self.documents = 0
 
     def add(self, tokens: NDArray[Any], lengths: NDArray[Any]) -> None:
         """Append documents given as their concatenated tokens and their lengths (one sequence each)."""
         assert int(lengths.sum()) == tokens.size
-        data = np.ascontiguousarray(tokens, dtype=self._dtype).tobytes()
+        self.add_tokens(np.ascontiguousarray(tokens, dtype=self._dtype).tobytes())
+        self.add_lengths(lengths)
+
+    def add_tokens(self, data: bytes) -> None:
+        """Append to the ``.bin`` alone; ``add_lengths`` must make it good."""
         self._bin.write(data)
-        self._bin_digest.update(data)
-        self._lengths.frombytes(lengths.astype(np.int32).tobytes())
-        self.tokens += tokens.size
+        self._digest.update(data)
+        self.tokens += len(data) // self._dtype.itemsize
+
+    def add_lengths(self, lengths: NDArray[Any]) -> None:
+        """Append to the ``.idx`` alone."""
+        self._idx.write(np.ascontiguousarray(lengths, dtype="<i4").tobytes())
+        self.documents += len(lengths)
+
+    def bin_sha256(self) -> str:
+        """SHA-256 of the ``.bin`` so far."""
+        return self._digest.hexdigest()
+
+    def resume(self, tokens: int, documents: int) -> None:
+        """Go on behind so much of what both files already hold; the rest of them is cut off."""
+        self.tokens, self.documents = tokens, documents
+        self._idx.seek(_HEADER.size + 4 * documents)
+        self._idx.truncate()
+        self._digest = hashlib.sha256()
+        self._bin.seek(0)
+        left = tokens * self._dtype.itemsize
+        while block := self._bin.read(min(_BLOCK, left)):
+            self._digest.update(block)
+            left -= len(block)
+        self._bin.truncate()
 
     def finish(self) -> dict[str, dict[str, Any]]:
         """Write the index; returns size and SHA-256 of both files, as the manifest has them."""
-        lengths = np.frombuffer(self._lengths, dtype=np.int32)
+        count, item = self.documents, self._dtype.itemsize
         code = next(code for code, dtype in _CODES.items() if dtype == self._dtype)
-        size = self._put(_HEADER.pack(_MAGIC, 1, code, len(lengths), len(lengths) + 1))
-        for begin in range(0, len(lengths), _BLOCK):
-            size += self._put(lengths[begin : begin + _BLOCK].astype("<i4").tobytes())
+        header = _HEADER.pack(_MAGIC, 1, code, count, count + 1)
+        digest = hashlib.sha256(header)
+        for begin in range(0, count, _BLOCK):
+            digest.update(self._lengths(begin).tobytes())
         at = 0
-        for begin in range(0, len(lengths), _BLOCK):
-            ends = at + np.cumsum(lengths[begin : begin + _BLOCK], dtype=np.int64) * self._dtype.itemsize
-            size += self._put(np.concatenate(([at], ends[:-1])).astype("<i8").tobytes())
+        for begin in range(0, count, _BLOCK):
+            ends = at + np.cumsum(self._lengths(begin), dtype=np.int64) * item
+            self._put(np.concatenate(([at], ends[:-1])).astype("<i8").tobytes(), digest)
             at = int(ends[-1])
-        for begin in range(0, len(lengths) + 1, _BLOCK):
-            end = min(begin + _BLOCK, len(lengths) + 1)
-            size += self._put(np.arange(begin, end, dtype="<i8").tobytes())
+        assert at == self.tokens * item
+        for begin in range(0, count + 1, _BLOCK):
+            self._put(np.arange(begin, min(begin + _BLOCK, count + 1), dtype="<i8").tobytes(), digest)
+        size = self._idx.seek(0, os.SEEK_END)
+        self._idx.seek(0)
+        self._idx.write(header)
+        self._idx.seek(0, os.SEEK_END)
         return {
-            "bin": {"bytes": self.tokens * self._dtype.itemsize, "sha256": self._bin_digest.hexdigest()},
-            "idx": {"bytes": size, "sha256": self._idx_digest.hexdigest()},
+            "bin": {"bytes": at, "sha256": self._digest.hexdigest()},
+            "idx": {"bytes": size, "sha256": digest.hexdigest()},
         }
 
-    def _put(self, data: bytes) -> int:
+    def _lengths(self, begin: int) -> NDArray[np.int32]:
+        self._idx.seek(_HEADER.size + 4 * begin)
+        return np.frombuffer(self._idx.read(4 * min(_BLOCK, self.documents - begin)), dtype="<i4")
+
+    def _put(self, data: bytes, digest: hashlib._Hash) -> None:
+        self._idx.seek(0, os.SEEK_END)
         self._idx.write(data)
-        self._idx_digest.update(data)
-        return len(data)
+        digest.update(data)
 
 
 class IndexedReader:
-    """Documents of one prefix, memory-mapped; everything that can be checked without reading the ``.bin`` is.
+    """Documents of one prefix; the index is mapped, tokens are read as they are asked for.
 
-    Raises MissingInput where a file is absent, DataError (file, expected, found) where the three files are
-    damaged or do not belong together. ``require_manifest=False`` opens files made by other tools.
+    Opening checks all but the tokens. What has to read the whole index is remembered in ``cache``, with the SHA-256
+    of the ``.idx`` then held to the manifest too; without a cache it is done at every opening. Raises MissingInput
+    where a file is absent, DataError (file, expected, found) where the files are damaged or do not belong together.
+    ``require_manifest=False`` opens files made by other tools.
     """
 
-    def __init__(self, prefix: str | Path, require_manifest: bool = True) -> None:
+    def __init__(
+        self, prefix: str | Path, require_manifest: bool = True, cache: IndexCache | None = None
+    ) -> None:
         self.prefix = str(prefix)
         self.bin_path, self.idx_path, self.manifest_path = (
             Path(self.prefix + suffix) for suffix in (".bin", ".idx", ".json")
         )
         for file in (self.bin_path, self.idx_path):
             _require_file(file, "tokenise the source with tools/prepare_data.py")
-        self._open_index()
+        self._cache = cache or IndexCache(None)
+        self._bin = OpenFile(self.bin_path)
+        self._idx = OpenFile(self.idx_path)
+        self._bin_bytes = os.fstat(self._bin.descriptor).st_size
+        index = self._map_index()
         self.manifest: dict[str, Any] | None = None
         if require_manifest or self.manifest_path.exists():
             self.manifest = read_manifest(self.manifest_path)
+        facts = self._cache.entry("index", self._identity(), lambda: Entry(self._check())).facts
+        self._idx_sha256: str | None = facts.get("idx_sha256")
+        self.num_tokens: int = facts["tokens"]
+        self.num_documents: int = facts["documents"]
+        if self.manifest is not None:
             self._compare_manifest(self.manifest)
+        self.document_lengths: NDArray[Any] = index.lengths
+        """Tokens of each document, its EOS included; mapped."""
+        self._starts: NDArray[np.int64] | None = None
+        if not facts["plain"]:
+            self._starts, self.document_lengths = document_extents(index)
         self._limit: int | None = None
-        self._tokens = np.memmap(self.bin_path, dtype=self.dtype, mode="r")
 
-    def _open_index(self) -> None:
+    def _map_index(self) -> IndexArrays:
         idx, size = self.idx_path, os.path.getsize(self.idx_path)
         with open(idx, "rb") as stream:
             header = stream.read(_HEADER.size)
@@ -138,53 +192,41 @@ class IndexedReader:
             )
         self.dtype = _CODES[code]
         at = _HEADER.size
-        lengths = np.memmap(idx, "<i4", "r", at, (sequences,)) if sequences else np.zeros(0, "<i4")
-        pointers = np.memmap(idx, "<i8", "r", at + 4 * sequences, (sequences,)) if sequences else lengths
-        bounds = np.memmap(idx, "<i8", "r", at + 12 * sequences, (boundaries,)) if boundaries else lengths
-        self._check_index(lengths, pointers, bounds)
+        # As plain arrays: a memmap's own indexing costs ten times as much
+        lengths, pointers, bounds = (
+            np.memmap(idx, kind, "r", begin, (count,)).view(np.ndarray) if count else np.zeros(0, kind)
+            for kind, begin, count in (
+                ("<i4", at, sequences),
+                ("<i8", at + 4 * sequences, sequences),
+                ("<i8", at + 12 * sequences, boundaries),
+            )
+        )
+        return IndexArrays(lengths, pointers, bounds, self.dtype.itemsize)
 
-    def _check_index(self, lengths: NDArray[Any], pointers: NDArray[Any], bounds: NDArray[Any]) -> None:
-        """Lengths and pointers say the same thing twice: any single damage shows as a contradiction."""
-        bin_bytes, item = os.path.getsize(self.bin_path), self.dtype.itemsize
-        if lengths.size and int(lengths.min()) < 0:
-            raise DataError(
-                f"{self.idx_path}: sequence {int(lengths.argmin())} has a negative length; damaged"
-            )
-        ends = np.cumsum(lengths, dtype=np.int64) * item
-        wrong = np.flatnonzero(pointers != ends - lengths.astype(np.int64) * item)
-        if wrong.size:
-            first = int(wrong[0])
-            raise DataError(
-                f"{self.idx_path}: sequence {first} points to byte {int(pointers[first])}, but the sequences "
-                f"before it end at {int(ends[first]) - int(lengths[first]) * item}; damaged, prepare it again"
-            )
-        total = int(ends[-1]) if ends.size else 0
-        if total != bin_bytes:
-            raise DataError(
-                f"{self.bin_path}: {bin_bytes} bytes, but its index describes {total}: truncated, or the two "
-                f"files are not a pair; prepare them again"
-            )
-        if total == 0:
-            raise DataError(f"{self.bin_path}: holds no token")
-        if bounds.size < 2 or bounds[0] != 0 or bounds[-1] != lengths.size or np.any(np.diff(bounds) < 0):
-            raise DataError(
-                f"{self.idx_path}: document boundaries must rise from 0 to {lengths.size}; damaged"
-            )
-        starts = np.append(pointers, total) // item
-        if bounds.size == lengths.size + 1 and np.array_equal(bounds, np.arange(bounds.size)):
-            self.document_starts: NDArray[np.int64] = starts[:-1]
-        else:  # several sequences to a document: other tools cut documents into sentences
-            self.document_starts = starts[bounds[:-1]]
-        self.document_lengths: NDArray[np.int64] = np.diff(np.append(self.document_starts, total // item))
-        self.num_tokens = total // item
-        self.num_documents = int(bounds.size) - 1
+    def _identity(self) -> dict[str, Any]:
+        """What is the same as long as nobody touches the files."""
+        states = [os.stat(path) for path in (self.bin_path, self.idx_path)]
+        return {
+            "path": os.path.abspath(self.prefix),
+            "files": [[state.st_size, state.st_mtime_ns, state.st_ino] for state in states],
+            "manifest": None if self.manifest is None else file_sha256(self.manifest_path),
+        }
+
+    def _check(self) -> dict[str, Any]:
+        # a mapping of its own: all that it has touched is let go with it
+        facts = check_index(self._map_index(), self.idx_path, self.bin_path, self._bin_bytes)
+        if self._cache.folder is not None:
+            facts["idx_sha256"] = file_sha256(self.idx_path)
+            if self.manifest is not None:
+                self._hold_to_manifest("idx", self.idx_path, facts["idx_sha256"])
+        return facts
 
     def _compare_manifest(self, manifest: dict[str, Any]) -> None:
         for name, expected, found in (
             ("dtype", manifest["dtype"], self.dtype.name),
             ("counts.documents", manifest["counts"]["documents"], self.num_documents),
             ("counts.tokens", manifest["counts"]["tokens"], self.num_tokens),
-            ("files.bin.bytes", manifest["files"]["bin"]["bytes"], os.path.getsize(self.bin_path)),
+            ("files.bin.bytes", manifest["files"]["bin"]["bytes"], self._bin_bytes),
             ("files.idx.bytes", manifest["files"]["idx"]["bytes"], os.path.getsize(self.idx_path)),
         ):
             if expected != found:
@@ -193,12 +235,18 @@ class IndexedReader:
                     f"do not belong together, prepare them again"
                 )
 
+    def _hold_to_manifest(self, name: str, path: Path, found: str) -> None:
+        assert self.manifest is not None
+        expected = self.manifest["files"][name]["sha256"]
+        if expected != found:
+            raise DataError(f"{path}: SHA-256 is {found}, the manifest says {expected}: damaged or changed")
+
     def check_vocab(self, vocab_size: int) -> None:
         """Refuse (DataError) a tokenizer, or tokens, that an embedding of ``vocab_size`` rows cannot hold.
 
         From then on :meth:`read` holds every token to it, which catches damage inside the ``.bin`` too.
         """
-        highest = self.manifest["max_token_id"] if self.manifest else self._scan_highest()
+        highest = self.manifest["max_token_id"] if self.manifest else self._scanned()["highest"]
         tokenizer = self.manifest["tokenizer"]["vocab_size"] if self.manifest else highest + 1
         if max(highest + 1, tokenizer) > vocab_size:
             raise DataError(
@@ -207,43 +255,125 @@ class IndexedReader:
             )
         self._limit = vocab_size
 
-    def _scan_highest(self) -> int:
-        blocks = range(0, self.num_tokens, _BLOCK)
-        return max(int(self._tokens[begin : begin + _BLOCK].max()) for begin in blocks)
+    def _scanned(self) -> dict[str, Any]:
+        """What no manifest tells, from one pass over the ``.bin``, remembered in the cache."""
+        return self._cache.entry("tokens", self._identity(), lambda: Entry(self._scan())).facts
+
+    def _scan(self) -> dict[str, Any]:
+        digest, highest = hashlib.sha256(), 0
+        for begin in range(0, self.num_tokens, _BLOCK):
+            tokens = self.read(begin, min(_BLOCK, self.num_tokens - begin))
+            if int(tokens.min()) < 0:
+                raise DataError(f"{self.bin_path}: negative token id near token {begin}; damaged")
+            highest = max(highest, int(tokens.max()))
+            digest.update(tokens.tobytes())
+        return {"highest": highest, "bin_sha256": digest.hexdigest()}
+
+    def document_start(self, document: int) -> int:
+        """Token of the file at which a document begins.
+
+        Not by the mapping: a page that is touched maps its neighbours too, which at a hundred million documents
+        adds up to gigabytes.
+        """
+        if self._starts is not None:
+            return int(self._starts[document])
+        at = _HEADER.size + 4 * len(self.document_lengths) + 8 * document
+        return int.from_bytes(os.pread(self._idx.descriptor, 8, at), "little") // self.dtype.itemsize
+
+    def document_length(self, document: int) -> int:
+        """Tokens of a document; not by the mapping either."""
+        if self._starts is not None:
+            return int(self.document_lengths[document])
+        return int.from_bytes(os.pread(self._idx.descriptor, 4, _HEADER.size + 4 * document), "little")
 
     def read(self, start: int, count: int) -> NDArray[Any]:
-        """``count`` tokens from token ``start`` of the file, as a view of the mapped memory."""
-        tokens = self._tokens[start : start + count]
-        assert tokens.size == count, f"{self.bin_path}: tokens {start}..{start + count} of {self.num_tokens}"
-        if self._limit is not None and count:
+        """``count`` tokens from token ``start`` of the file; DataError, OSError."""
+        tokens = np.empty(count, self.dtype)
+        if count:
+            self.read_into(start, memoryview(tokens).cast("B"))  # type: ignore[arg-type]
+            self.check_tokens(tokens, start)
+        return tokens
+
+    def read_into(self, start: int, view: memoryview) -> None:
+        """Fill the bytes of a view from token ``start`` on, values not checked.
+
+        ``pread`` and no mapping: an I/O fault or a file cut short is an error here, and not a signal.
+        """
+        at = start * self.dtype.itemsize
+        while (got := os.preadv(self._bin.descriptor, [view], at)) < view.nbytes:
+            if got == 0:
+                raise DataError(f"{self.bin_path}: ends at byte {at}; cut short since it was opened")
+            at, view = at + got, view[got:]
+
+    def check_tokens(self, tokens: NDArray[Any], near: int) -> None:
+        """Hold tokens that were read to the vocabulary of :meth:`check_vocab` (DataError)."""
+        if self._limit is not None and tokens.size:
             low, high = int(tokens.min()), int(tokens.max())
             if low < 0 or high >= self._limit:
                 raise DataError(
-                    f"{self.bin_path}: token id {high if low >= 0 else low} near token {start} is outside "
+                    f"{self.bin_path}: token id {high if low >= 0 else low} near token {near} is outside "
                     f"the vocabulary of {self._limit}; the file is damaged, prepare it again"
                 )
-        return tokens
 
     def document(self, index: int) -> NDArray[Any]:
         """Tokens of one document, its EOS last."""
-        return self.read(int(self.document_starts[index]), int(self.document_lengths[index]))
+        return self.read(self.document_start(index), self.document_length(index))
+
+    def field(self, name: str) -> NDArray[np.float64]:
+        """A number kept with each document (``prepare_data.py --keep``), mapped and held to its SHA-256."""
+        expected = self.field_sha256(name)
+        path = Path(f"{self.prefix}.{name}.npy")
+        _require_file(path, "prepare the source again")
+        if (found := file_sha256(path)) != expected:
+            raise DataError(f"{path}: SHA-256 is {found}, the manifest says {expected}: damaged or changed")
+        try:
+            values = np.load(path, mmap_mode="r", allow_pickle=False)
+        except (ValueError, EOFError) as error:
+            raise DataError(f"{path}: not an array of numbers: {error}") from None
+        if values.dtype != np.float64 or values.shape != (self.num_documents,) or np.isnan(values).any():
+            raise DataError(
+                f"{path}: must hold one number (float64) for each of {self.num_documents} documents"
+            )
+        return values.view(np.ndarray)  # type: ignore[no-any-return]
+
+    def field_sha256(self, name: str) -> str:
+        """SHA-256 of the numbers kept under a name, as the manifest records it; DataError where there are none."""
+        fields = (self.manifest or {}).get("fields")
+        fields = fields if isinstance(fields, dict) else {}
+        record = fields.get(name) if re.fullmatch(r"\w[\w.-]*", name) else None
+        if not isinstance(record, dict) or not isinstance(record.get("sha256"), str):
+            raise DataError(
+                f"{self.prefix}: no number {name!r} is kept with its documents (kept: "
+                f"{', '.join(sorted(fields)) or 'none'}); prepare it again with --keep {name}"
+            )
+        return str(record["sha256"])
+
+    @property
+    def eos_id(self) -> int:
+        """What pads a sample: EOS, as the manifest names it; 0 where there is none (padding weighs nothing)."""
+        eos = (self.manifest or {}).get("tokenizer", {}).get("eos_id")
+        return eos if isinstance(eos, int) else 0
 
     def bin_sha256(self) -> str:
         """SHA-256 of the ``.bin`` as the manifest records it; read from the file where there is none."""
         if self.manifest is not None:
             return str(self.manifest["files"]["bin"]["sha256"])
-        return file_sha256(self.bin_path)
+        return str(self._scanned()["bin_sha256"])
+
+    def idx_sha256(self) -> str:
+        """The same of the ``.idx``."""
+        if self.manifest is not None:
+            return str(self.manifest["files"]["idx"]["sha256"])
+        if self._idx_sha256 is None:
+            self._idx_sha256 = file_sha256(self.idx_path)
+        return self._idx_sha256
 
     def verify(self) -> None:
         """Read both files whole and hold them to the manifest's SHA-256 (DataError)."""
         if self.manifest is None:
             raise DataError(f"{self.manifest_path}: no manifest to verify against")
         for name, path in (("bin", self.bin_path), ("idx", self.idx_path)):
-            expected, found = self.manifest["files"][name]["sha256"], file_sha256(path)
-            if expected != found:
-                raise DataError(
-                    f"{path}: SHA-256 is {found}, the manifest says {expected}: damaged or changed"
-                )
+            self._hold_to_manifest(name, path, file_sha256(path))
 
 
 def file_sha256(path: Path) -> str:

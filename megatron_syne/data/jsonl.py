@@ -1,37 +1,33 @@
-"""Lines of a JSONL file, in chunks, and the text of one line; every fault is named by line and byte.
+"""Lines of JSON as read from a file, and the record, text or number of one; every fault is named by line and byte.
 
-Lines count from 1, bytes are offsets in the file from 0. Nothing here depends on how the file is cut into
-chunks, so any number of workers sees the same lines.
+Lines count from 1, bytes are offsets in the file from 0: of a compressed file in its unpacked bytes, of a parquet
+file in the JSON lines that its rows become (line N is row N). :mod:`megatron_syne.data.inputs` makes the lines.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
+import math
 import re
-from collections.abc import Iterator
-from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from megatron_syne.errors import DataError, MissingInput
-
-CHUNK_BYTES = 1 << 20
 MAX_LINE_BYTES = 1 << 26
 
-_KEPT_OF_OVERLONG = 1 << 10
 _ESCAPE = re.compile(rb"\\(?:u([0-9a-fA-F]{4})|.)", re.DOTALL)
-_SURROGATE = re.compile("[\ud800-\udfff]")
-_COMPRESSED = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bzip2", b"\xfd7zXZ": "xz"}
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 class Line(NamedTuple):
-    """One line as read: ``raw`` is shorter than ``length`` where the line exceeds the limit."""
+    """One line as read, its newline included: ``raw`` is shorter than ``length`` where it exceeds the limit."""
 
     number: int
     offset: int
     raw: bytes
     length: int
+    plain: str = ""
+    """Not empty: ``raw`` is no JSON but itself the text of the field of this name (a plain text file)."""
+    fault: str = ""
+    """Not empty: what the reader found wrong here, such as the end of a truncated gzip file."""
 
 
 class BadLine(ValueError):
@@ -43,89 +39,26 @@ class BadLine(ValueError):
         self.byte = byte
 
 
-class SourceFile:
-    """One input file, read once: ``chunks()``, then ``sha256`` and ``size`` of what was read.
-
-    Raises MissingInput where it cannot be read, DataError where it is not text or changed under the reader.
-    """
-
-    def __init__(
-        self, path: str | Path, chunk_bytes: int = CHUNK_BYTES, max_line_bytes: int = MAX_LINE_BYTES
-    ) -> None:
-        self.path = str(path)
-        if not os.path.exists(path):
-            raise MissingInput(f"{path}: no such file")
-        if not os.path.isfile(path):
-            raise DataError(f"{path}: not a regular file")
-        if not os.access(path, os.R_OK):
-            raise MissingInput(f"{path}: may not be read by this user")
-        self.size = os.path.getsize(path)
-        self.sha256 = ""
-        self._chunk_bytes = chunk_bytes
-        self._max_line_bytes = max_line_bytes
-
-    def chunks(self) -> Iterator[list[Line]]:
-        """Lists of consecutive lines of about ``chunk_bytes`` together (at least one line each)."""
-        digest = hashlib.sha256()
-        number, offset = 0, 0
-        chunk: list[Line] = []
-        filled = 0
-        with open(self.path, "rb") as stream:
-            before = os.fstat(stream.fileno())
-            while raw := stream.readline(self._max_line_bytes + 1):
-                digest.update(raw)
-                length = len(raw)
-                if length > self._max_line_bytes and not raw.endswith(b"\n"):
-                    raw = raw[:_KEPT_OF_OVERLONG]
-                    while rest := stream.readline(self._chunk_bytes):
-                        digest.update(rest)
-                        length += len(rest)
-                        if rest.endswith(b"\n"):
-                            break
-                number += 1
-                if number == 1:
-                    self._check_start(raw)
-                chunk.append(Line(number, offset, raw, length))
-                offset += length
-                filled += len(raw)
-                if filled >= self._chunk_bytes:
-                    yield chunk
-                    chunk, filled = [], 0
-            if chunk:
-                yield chunk
-            after = os.fstat(stream.fileno())
-        if (before.st_size, before.st_mtime_ns) != (
-            after.st_size,
-            after.st_mtime_ns,
-        ) or offset != after.st_size:
-            raise DataError(f"{self.path}: changed while it was read; start again once it is complete")
-        self.size = offset
-        self.sha256 = digest.hexdigest()
-
-    def _check_start(self, raw: bytes) -> None:
-        for magic, name in _COMPRESSED.items():
-            if raw.startswith(magic):
-                raise DataError(f"{self.path}: is compressed with {name}; unpack it first")
-        if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
-            raise DataError(f"{self.path}:1:0: is UTF-16; convert it to UTF-8 first")
-
-
-def text_of(line: Line, key: str) -> str | None:
-    """The text of one line, None for a blank line; raises BadLine."""
+def record_of(line: Line) -> dict[str, Any] | None:
+    """The JSON object of one line, None for a blank line; raises BadLine."""
+    if line.fault:
+        raise BadLine(line.fault, line.offset + line.length)
     if line.length > len(line.raw):
         raise BadLine(f"line of {line.length} bytes is longer than the limit", line.offset)
     raw, start = line.raw, line.offset
-    if line.number == 1 and raw.startswith(b"\xef\xbb\xbf"):  # a byte-order mark says nothing in UTF-8
-        raw, start = raw[3:], start + 3
-    if not raw.strip():
+    if start == 0 and raw.startswith(_BYTE_ORDER_MARK):  # a byte-order mark says nothing in UTF-8
+        raw, start = raw[3:], 3
+    if not line.plain and (not raw or raw.isspace()):
         return None
-    cut = "" if raw.endswith(b"\n") else " (the file ends inside this line: truncated?)"
+    cut = "" if line.plain or raw.endswith(b"\n") else " (the file ends inside this line: truncated?)"
     if (nul := raw.find(b"\0")) >= 0:
         raise BadLine("NUL byte", start + nul)
     try:
         decoded = raw.decode("utf-8")
     except UnicodeDecodeError as error:
         raise BadLine(f"invalid UTF-8: {error.reason}{cut}", start + error.start) from None
+    if line.plain:
+        return {line.plain: decoded}
     try:
         record = json.loads(decoded)
     except json.JSONDecodeError as error:
@@ -136,16 +69,49 @@ def text_of(line: Line, key: str) -> str | None:
         raise BadLine(f"invalid JSON: {what}", start) from None
     if not isinstance(record, dict):
         raise BadLine(f"expected a JSON object, found {_json_type(record)}", start)
-    if key not in record:
-        raise BadLine(f"no field {key!r}; fields here: {', '.join(sorted(record)[:8]) or 'none'}", start)
-    text = record[key]
+    return record
+
+
+def text_of(line: Line, key: str) -> str | None:
+    """The text of one line, None for a blank line; raises BadLine."""
+    record = record_of(line)
+    return None if record is None else text_in(record, key, line)
+
+
+def text_in(record: dict[str, Any], key: str, line: Line) -> str:
+    """The text of a record made from ``line``; raises BadLine where it is no string or holds what no text may."""
+    text = _field(record, key, line)
     if not isinstance(text, str):
-        raise BadLine(f"field {key!r} must be a string, found {_json_type(text)}", start)
+        raise BadLine(f"field {key!r} must be a string, found {_json_type(text)}", line.offset)
     if "\0" in text:
-        raise BadLine("escaped NUL character in the text", start + _first_escape(raw, nul=True))
-    if _SURROGATE.search(text):
-        raise BadLine("lone surrogate escape in the text", start + _first_escape(raw, nul=False))
+        raise BadLine("escaped NUL character in the text", line.offset + _first_escape(line.raw, nul=True))
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        byte = line.offset + _first_escape(line.raw, nul=False)
+        raise BadLine("lone surrogate escape in the text", byte) from None
     return text
+
+
+def number_in(record: dict[str, Any], key: str, line: Line) -> float:
+    """A number stored with the text, such as its perplexity; raises BadLine where it is none, NaN or infinite."""
+    number = _field(record, key, line)
+    if isinstance(number, bool) or not isinstance(number, int | float):
+        raise BadLine(f"field {key!r} must be a number, found {_json_type(number)}", line.offset)
+    try:
+        value = float(number)
+    except OverflowError:
+        value = math.inf
+    if not math.isfinite(value):
+        raise BadLine(f"field {key!r} must be a finite number, found {value}", line.offset)
+    return value
+
+
+def _field(record: dict[str, Any], key: str, line: Line) -> Any:
+    if key not in record:
+        here = ", ".join(sorted(record)[:8]) or "none"
+        raise BadLine(f"no field {key!r}; fields here: {here}", line.offset)
+    return record[key]
 
 
 def _json_type(value: object) -> str:

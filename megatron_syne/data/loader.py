@@ -1,8 +1,7 @@
-"""Global batches of one data-parallel rank. There is no state: a batch is a function of its first sample.
+"""Global batches of one data-parallel rank, made ahead by a thread. A batch is a function of its first sample.
 
-Micro-batch ``m`` of rank ``r`` in the global batch that starts at sample ``c`` holds the samples
-``c + m * mbs * dp + r * mbs + j``, ``j < mbs``: which samples make up a global batch does not depend on dp
-or on the micro-batch size, so a run goes on in another layout.
+There is no state but the place in the run, which the caller has; ``batches`` says which samples a batch
+holds, ``dali`` is the other way to feed them.
 """
 
 from __future__ import annotations
@@ -10,20 +9,63 @@ from __future__ import annotations
 import queue
 import threading
 import weakref
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
 
-import numpy as np
 import torch
 
 from megatron_syne.config.schema import RunConfig
+from megatron_syne.data.batches import BatchBuilder, BatchForm
 from megatron_syne.data.build import training_dataset, validation_datasets
-from megatron_syne.data.dataset import Samples
+from megatron_syne.data.dataset import MockDataset, Samples, StagedDataset
+from megatron_syne.data.ledger import check_sources, make_ledger
 from megatron_syne.data.mixture import MixturePlan
-from megatron_syne.errors import ConfigError
 
 Batch = dict[str, torch.Tensor]
-"""``tokens``, ``labels``, ``position_ids`` (int64) and ``loss_mask`` (float32), each [micro batch, seq]."""
+"""``tokens``, ``labels``, ``position_ids`` (int64) and ``loss_mask`` (float32), each [micro batch, seq]; with
+``data.reset_attention_mask`` also ``document_ids`` (int32)."""
 
+CPU = torch.device("cpu")
 _Item = tuple[int, list[Batch] | BaseException]  # first sample, and the batch or what went wrong
+
+
+class Readable(Samples, Protocol):
+    """Samples that say how long each is."""
+
+    def seq_length_at(self, index: int) -> int: ...
+
+
+class Feeder(Protocol):
+    """Makes tensors: ``build(start)`` -> this rank's micro-batches of the global batch that starts there."""
+
+    def build(self, start: int) -> list[Batch]: ...
+
+
+class TorchFeeder:
+    """Arrays to tensors, in pinned memory where asked, from which a GPU copies while it computes."""
+
+    def __init__(self, builder: BatchBuilder, pin_memory: bool = False) -> None:
+        self._builder, self._pin = builder, pin_memory
+
+    def build(self, start: int) -> list[Batch]:
+        """This rank's micro-batches of the global batch that starts at sample ``start``."""
+        return [self._tensors(first) for first in self._builder.first_samples(start)]
+
+    def _tensors(self, first: int) -> Batch:
+        batch = {name: torch.from_numpy(array) for name, array in self._builder.micro_batch(first).items()}
+        return {name: tensor.pin_memory() for name, tensor in batch.items()} if self._pin else batch
+
+
+class NothingFeeder:
+    """Empty micro-batches, for a pipeline stage that needs no tokens: nothing is read."""
+
+    def __init__(self, builder: BatchBuilder) -> None:
+        self._count = builder.count
+
+    def build(self, start: int) -> list[Batch]:
+        """As many as the other stages have."""
+        return [{} for _ in range(self._count)]
 
 
 class DataLoader:
@@ -38,36 +80,48 @@ class DataLoader:
 
     def __init__(
         self,
-        dataset: Samples,
+        dataset: Readable,
         micro_batch_size: int,
         global_batch_size: int,
         data_parallel_rank: int = 0,
         data_parallel_size: int = 1,
         prefetch: int = 2,
         pad_last: bool = False,
+        form: BatchForm = BatchForm(),  # noqa: B008  frozen
+        reads: bool = True,
+        pin_memory: bool = False,
+        backend: str = "thread",
+        device: torch.device = CPU,
     ) -> None:
-        step = micro_batch_size * data_parallel_size
-        if step < 1 or global_batch_size < 1 or global_batch_size % step:
-            raise ConfigError(
-                f"train.global_batch_size: {global_batch_size} is not a multiple of micro_batch_size "
-                f"{micro_batch_size} x data parallel {data_parallel_size}"
-            )
-        if not 0 <= data_parallel_rank < data_parallel_size:
-            raise ConfigError(f"data parallel rank {data_parallel_rank} of {data_parallel_size}")
-        self.dataset = dataset
-        self.num_samples = len(dataset)
-        self._builder = _Builder(
-            dataset, micro_batch_size, global_batch_size, data_parallel_rank, data_parallel_size
-        )
-        self._global, self._prefetch, self._pad_last = global_batch_size, prefetch, pad_last
+        """``reads=False``: this rank needs no tokens. ``backend``: ``thread`` or ``dali`` (``data.loader``), which
+        copies to ``device``."""
+        self._sizes = (micro_batch_size, global_batch_size, data_parallel_rank, data_parallel_size)
+        self._form, self._reads, self._pin, self._backend = form, reads, pin_memory, backend
+        self._device = device
+        self._global, self._prefetch, self._pad_last = global_batch_size, prefetch if reads else 0, pad_last
         self._ready: queue.Queue[_Item] = queue.Queue(maxsize=max(prefetch, 1))
         self._next: int | None = None  # first sample of the batch that the thread delivers next
         self._stop: weakref.finalize[..., DataLoader] | None = None
+        self._use(dataset)
 
-    @property
-    def fingerprint(self) -> str:
-        """SHA-256 of all that decides the samples of the data set."""
-        return str(self.dataset.fingerprint)  # type: ignore[attr-defined]  # of training data only
+    def _use(self, dataset: Readable) -> None:
+        """Read from another data set from now on."""
+        self.close()
+        self.dataset: Readable = dataset
+        self.num_samples = len(dataset)
+        builder = BatchBuilder(dataset, *self._sizes, self._form)
+        if not self._reads:
+            self._feeder: Feeder = NothingFeeder(builder)
+        elif self._backend == "dali":
+            from megatron_syne.data.dali import DaliFeeder
+
+            self._feeder = DaliFeeder(builder, self._device)
+        else:
+            self._feeder = TorchFeeder(builder, self._pin)
+
+    def seq_length_at(self, sample: int) -> int:
+        """Tokens per sample that are predicted, at a sample of the data set."""
+        return self.dataset.seq_length_at(sample)
 
     def batch_starts(self, limit: int | None = None, first: int = 0) -> range:
         """First sample of each global batch from sample ``first`` on, at most ``limit`` of them."""
@@ -85,7 +139,7 @@ class DataLoader:
         if start < 0 or not self.batch_starts(1, start):
             raise IndexError(f"no global batch at sample {start} of {self.num_samples}")
         if self._prefetch < 1:
-            return self._builder.build(start)
+            return self._feeder.build(start)
         if start != self._next:
             self._run_ahead_from(start)
         at, item = self._ready.get()
@@ -107,45 +161,49 @@ class DataLoader:
         stop = threading.Event()
         self._ready = queue.Queue(maxsize=self._prefetch)
         # the thread knows nothing of this object, so an abandoned loader is collected, which stops it
-        arguments = (self._builder, self.batch_starts(first=start), self._ready, stop)
+        arguments = (self._feeder, self.batch_starts(first=start), self._ready, stop)
         thread = threading.Thread(target=_run_ahead, args=arguments, name="prefetch", daemon=True)
         self._stop = weakref.finalize(self, _stop_thread, thread, self._ready, stop)
         thread.start()
         self._next = start
 
 
-class _Builder:
-    """The batch arithmetic, apart from the thread."""
+class TrainingLoader(DataLoader):
+    """The training batches of a run, with its plan and the account of what it has read."""
 
-    def __init__(self, dataset: Samples, micro: int, global_: int, rank: int, dp: int) -> None:
-        self._dataset, self._last = dataset, len(dataset) - 1
-        self._micro, self._rank, self._dp = micro, rank, dp
-        self._count = global_ // (micro * dp)
+    dataset: StagedDataset | MockDataset
 
-    def build(self, start: int) -> list[Batch]:
-        return [
-            self._micro_batch(start + (m * self._dp + self._rank) * self._micro) for m in range(self._count)
-        ]
+    @property
+    def plan(self) -> MixturePlan:
+        """What is read when."""
+        assert self.dataset.plan is not None
+        return self.dataset.plan
 
-    def _micro_batch(self, first: int) -> Batch:
-        indices = range(first, first + self._micro)
-        # past the end: any sample will do, it weighs nothing
-        tokens = torch.from_numpy(np.stack([self._dataset[min(index, self._last)] for index in indices]))
-        weights = torch.tensor([float(index <= self._last) for index in indices])
-        shape = (self._micro, tokens.shape[1] - 1)
-        return {
-            "tokens": tokens[:, :-1].contiguous(),
-            "labels": tokens[:, 1:].contiguous(),
-            "loss_mask": weights[:, None].expand(shape).contiguous(),
-            "position_ids": torch.arange(shape[1]).expand(shape).contiguous(),
-        }
+    resumed_from: Mapping[str, Any] | None = None
+    """Ledger of the checkpoint that the run goes on from."""
+    changes: list[dict[str, Any]]
+    """What was changed on the way: by hand on a resume, or by re-weighting. Kept in the ledger."""
+
+    def replace_plan(self, plan: MixturePlan) -> None:
+        """Go on with another plan, which must have the same past; batches made ahead are made again."""
+        self._use(self.dataset.with_plan(plan))
+
+    def consumed(self, sample: int) -> dict[str, int]:
+        """Tokens read of each source by the samples before ``sample``."""
+        return self.plan.consumed(sample)
+
+    def ledger(self, sample: int) -> dict[str, Any]:
+        """The account that a checkpoint keeps, with which the run goes on after ``sample`` samples."""
+        return make_ledger(
+            self.plan, sample, self.dataset.source_facts(), self.changes, previous=self.resumed_from
+        )
 
 
-def _run_ahead(builder: _Builder, starts: range, ready: queue.Queue[_Item], stop: threading.Event) -> None:
+def _run_ahead(feeder: Feeder, starts: range, ready: queue.Queue[_Item], stop: threading.Event) -> None:
     for start in starts:
         item: list[Batch] | BaseException
         try:
-            item = builder.build(start)
+            item = feeder.build(start)
         except BaseException as error:  # the caller raises it when its turn comes
             item = error
         while not stop.is_set():
@@ -167,20 +225,46 @@ def _stop_thread(thread: threading.Thread, ready: queue.Queue[_Item], stop: thre
 
 
 def build_training_data(
-    config: RunConfig, plan: MixturePlan, vocab_size: int, data_parallel_rank: int, data_parallel_size: int
-) -> DataLoader:
-    """Training batches of a rank; ``vocab_size`` = rows of the embedding. MissingInput, DataError, ConfigError."""
-    return DataLoader(
-        training_dataset(config, plan, vocab_size),
+    config: RunConfig,
+    plan: MixturePlan,
+    vocab_size: int,
+    data_parallel_rank: int,
+    data_parallel_size: int,
+    reads: bool = True,
+    pin_memory: bool = False,
+    device: torch.device = CPU,
+    resumed_from: Mapping[str, Any] | None = None,
+    changes: Iterable[dict[str, Any]] = (),
+) -> TrainingLoader:
+    """Training batches of a rank; ``vocab_size`` = rows of the embedding. MissingInput, DataError, ConfigError.
+
+    ``resumed_from``: ledger of the checkpoint that the run goes on from; the files must be those it read.
+    """
+    loader = TrainingLoader(
+        training_dataset(config, plan, vocab_size, index_cache(config)),
         config.train.micro_batch_size,
         config.train.global_batch_size,
         data_parallel_rank,
         data_parallel_size,
+        form=BatchForm.of(config.data),
+        reads=reads,
+        pin_memory=pin_memory,
+        backend=config.data.loader,
+        device=device,
     )
+    if resumed_from is not None:
+        check_sources(resumed_from, loader.dataset.source_facts())
+    loader.resumed_from, loader.changes = resumed_from, list(changes)
+    return loader
 
 
 def build_validation_data(
-    config: RunConfig, vocab_size: int, data_parallel_rank: int, data_parallel_size: int
+    config: RunConfig,
+    vocab_size: int,
+    data_parallel_rank: int,
+    data_parallel_size: int,
+    reads: bool = True,
+    pin_memory: bool = False,
 ) -> dict[str, DataLoader]:
     """Validation batches of a rank by source; without threads, as evaluation is short and seldom."""
     return {
@@ -192,6 +276,14 @@ def build_validation_data(
             data_parallel_size,
             prefetch=0,
             pad_last=True,
+            form=BatchForm.of(config.data),
+            reads=reads,
+            pin_memory=pin_memory,
         )
-        for name, dataset in validation_datasets(config.data, vocab_size).items()
+        for name, dataset in validation_datasets(config, vocab_size, index_cache(config)).items()
     }
+
+
+def index_cache(config: RunConfig) -> Path:
+    """Folder of the orders of documents that all ranks share."""
+    return Path(config.data.index_cache or Path(config.run_dir) / "index_cache")

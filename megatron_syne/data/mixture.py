@@ -1,336 +1,264 @@
-"""Which source each sample of a run comes from: stages of shares to a pure function of the sample index.
+"""From the configuration to the plan of a run, and from a changed configuration to the rest of a begun one.
 
-Order within a stage (Sainte-Lague's, the method of odd numbers): with ``n`` of the stage's ``N`` samples,
-a source has its ``j``-th sample at the ideal place ``(2j + 1) N / (2n)``; samples stand in the order of
-their ideal places. So every prefix of a stage holds each source in its share (it is off by at most
-``(1 + share x number of sources) / 2`` samples), and any stretch can be computed by itself: nothing is stored
-per sample. In whole numbers and correctly rounded divisions: the same on every machine.
-No torch.
+A stage's budget is in tokens, so it holds whatever batch or sequence length it is trained in. No torch.
 """
 
 from __future__ import annotations
 
-import difflib
-import hashlib
-import json
-import math
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any, NamedTuple
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
+from megatron_syne.config.schema import RunConfig
+from megatron_syne.data.interleave import MOST_SAMPLES
+from megatron_syne.data.ledger import check_ledger
+from megatron_syne.data.plan import (
+    Location,
+    MixturePlan,
+    Segment,
+    StagePlan,
+    StageRequest,
+    based,
+    closed,
+    new_segment,
+)
+from megatron_syne.data.shares import flatten_shares
+from megatron_syne.data.supply import check_supply
+from megatron_syne.errors import ConfigError, DataError
 
-from megatron_syne.config.schema import DataConfig, RunConfig
-from megatron_syne.errors import ConfigError
-
-_WINDOW = 1 << 13
-_MOST_SAMPLES = 2**31 - 1  # of one stage: keeps (2j + 1) N within 63 bits
-
-
-class Location(NamedTuple):
-    """Where one sample comes from: ``sample`` counts those of the source from the start of the run."""
-
-    stage: int
-    source: str
-    sample: int
-
-
-@dataclass(frozen=True)
-class StagePlan:
-    """One stage. Tuples run parallel to ``MixturePlan.sources``; a source that is not used has 0."""
-
-    name: str
-    tokens_asked: int
-    """Budget of the configuration; ``samples`` x sequence length is at least this."""
-    first_sample: int
-    """Index in the run of the stage's first sample."""
-    samples: int
-    """A whole number of global batches."""
-    iterations: int
-    shares: tuple[float, ...]
-    """Share asked of each source (groups multiplied out)."""
-    counts: tuple[int, ...]
-    """Samples of each source; their sum is ``samples``."""
-    bases: tuple[int, ...]
-    """Samples that each source gave in earlier stages."""
-
-
-@dataclass(frozen=True)
-class MixturePlan:
-    """All stages of a run."""
-
-    sources: tuple[str, ...]
-    seq_length: int
-    global_batch_size: int
-    stages: tuple[StagePlan, ...]
-
-    @property
-    def num_samples(self) -> int:
-        """Samples of the whole run."""
-        return sum(stage.samples for stage in self.stages)
-
-    @property
-    def train_iters(self) -> int:
-        """Iterations of the whole run."""
-        return sum(stage.iterations for stage in self.stages)
-
-    def stage_at(self, sample: int) -> int:
-        """Number of the stage that a sample of the run falls in (IndexError outside the run)."""
-        if sample >= 0:
-            for number, stage in enumerate(self.stages):
-                if sample < stage.first_sample + stage.samples:
-                    return number
-        raise IndexError(f"sample {sample} of a run of {self.num_samples}")
-
-    def locate(self, sample: int) -> Location:
-        """Stage, source and sample within the source of a sample of the run; a pure function."""
-        number = self.stage_at(sample)
-        stage = self.stages[number]
-        source, index = _locate(stage.counts, sample - stage.first_sample)
-        return Location(number, self.sources[source], stage.bases[source] + index)
-
-    def samples_of(self, source: str) -> int:
-        """Samples that a source gives over the whole run."""
-        column = self.sources.index(source)
-        return sum(stage.counts[column] for stage in self.stages)
-
-    def fingerprint(self) -> str:
-        """SHA-256 of all that decides the order of samples."""
-        order = [[stage.name, stage.samples, list(stage.counts)] for stage in self.stages]
-        text = json.dumps([list(self.sources), self.seq_length, order])
-        return hashlib.sha256(text.encode("utf-8")).hexdigest()
+__all__ = [
+    "Location",
+    "MixturePlan",
+    "Segment",
+    "StagePlan",
+    "StageRequest",
+    "check_supply",
+    "plan_mixture",
+    "resume_plan",
+]
 
 
 def plan_mixture(config: RunConfig) -> MixturePlan:
-    """The plan of a run; with ``data.mock`` one stage ``mock`` of ``train.train_iters`` iterations."""
-    if not config.data.mock:
-        return build_plan(config.data, config.train.global_batch_size)
-    if config.train.train_iters is None:
-        raise ConfigError("train.train_iters: not given; data.mock has no token budget, so give it")
-    batch, seq_length, iterations = (
-        config.train.global_batch_size,
-        config.data.seq_length,
-        config.train.train_iters,
-    )
-    samples = iterations * batch
-    stage = StagePlan("mock", samples * seq_length, 0, samples, iterations, (1.0,), (samples,), (0,))
-    return MixturePlan(("mock",), seq_length, batch, (stage,))
+    """The plan of a run from its start; with ``data.mock`` one stage ``mock`` of ``train.train_iters`` iterations.
+
+    Raises ConfigError naming the stage and the field.
+    """
+    sources = ("mock",) if config.data.mock else tuple(config.data.sources)
+    batch = config.train.global_batch_size
+    seed, packing = config.train.seed, config.data.packing
+    plan = MixturePlan(seed, sources, packing, batch, _requests(config, ()), ())
+    return _completed(plan, {}, "configuration")
 
 
-def build_plan(data: DataConfig, global_batch_size: int) -> MixturePlan:
-    """The plan of ``data.stages``; raises ConfigError naming the stage and the field."""
-    if data.seq_length < 1 or global_batch_size < 1:
+def resume_plan(
+    config: RunConfig, ledger: Mapping[str, Any], consumed_samples: int
+) -> tuple[MixturePlan, list[str]]:
+    """The plan of a run that goes on after ``consumed_samples`` samples, and in words what changed in it.
+
+    The past stays as it was; where nothing changed, so does the future. Otherwise the stage that was reached
+    gets the rest of its budget, and every source goes on at the very token where it stands. ConfigError
+    (all at once) for what cannot change: a stage that is over, the seed, the packing once text was read, the
+    absence of a source once read; DataError for a damaged ledger.
+    """
+    check_ledger(ledger, consumed_samples)
+    old = MixturePlan.from_dict(ledger["plan"], "data.plan")
+    past = closed(old.segments, consumed_samples)
+    if any(segment.samples % segment.global_batch_size for segment in past):
+        raise DataError(f"data.plan: {consumed_samples} samples are no whole number of its global batches")
+    asked, refused = _requests(config, past), []
+    if old.seed != config.train.seed:
+        refused.append(f"train.seed: {old.seed} -> {config.train.seed}")
+    if past:
+        asked, more = _with_the_past(config, old, past, asked)
+        refused += more
+    if refused:
+        lines = "".join(f"\n  {text}" for text in refused)
         raise ConfigError(
-            f"data.seq_length ({data.seq_length}) and train.global_batch_size ({global_batch_size}) must be "
-            f"at least 1"
+            f"this run has trained {consumed_samples} samples; what cannot change in it any more:{lines}\n"
+            f"set it back, or start a new run with this one's checkpoint as checkpoint.initialize_from"
         )
+    batch = config.train.global_batch_size
+    changes = _differences(old, asked, batch, config.data.packing)
+    if not changes:
+        return old, []
+    if not past:
+        return plan_mixture(config), changes
+    kept: Sequence[Segment] = past
+    reached = past[-1].stage
+    if batch == old.global_batch_size and _same(_named(old.asked, reached), _named(asked, reached)):
+        started = {
+            segment.stage for segment in past
+        }  # the change is in later stages: this one goes on as it is
+        kept = [segment for segment in old.segments if segment.stage in started]
+    added = () if config.data.mock else tuple(name for name in config.data.sources if name not in old.sources)
+    plan = MixturePlan(
+        seed=old.seed,
+        sources=old.sources + added,
+        packing=config.data.packing,
+        global_batch_size=batch,
+        asked=asked,
+        segments=tuple(_widened(segment, len(added)) for segment in kept),
+    )
+    shares = _shares_in_force(old, asked, consumed_samples)
+    return _completed(plan, shares, "; ".join(changes)), changes
+
+
+def _completed(plan: MixturePlan, shares: Mapping[str, tuple[float, ...]], reason: str) -> MixturePlan:
+    """The plan with a segment for what each stage still lacks; ``shares``: of stages that have their own."""
+    segments = list(plan.segments)
+    for number, stage in enumerate(plan.asked):
+        rest = stage.tokens - sum(each.tokens for each in segments if each.stage == stage.name)
+        if rest <= 0:
+            continue
+        begun = bool(segments) and segments[-1].stage == stage.name
+        iterations = -(-rest // (stage.seq_length * plan.global_batch_size))
+        samples = iterations * plan.global_batch_size
+        if samples > MOST_SAMPLES:
+            raise ConfigError(
+                f"data.stages[{number}] ({stage.name}).tokens: {samples} samples; cut it into stages of at most "
+                f"{MOST_SAMPLES}"
+            )
+        asked = dict(stage.shares)
+        own = shares.get(stage.name) or tuple(asked.get(name, 0.0) for name in plan.sources)
+        own += (0.0,) * (len(plan.sources) - len(own))
+        first = segments[-1].end if segments else 0
+        why = reason if begun else "configuration"
+        segments.append(
+            new_segment(stage.name, first, iterations, plan.global_batch_size, stage.seq_length, own, why)
+        )
+    return dataclasses.replace(plan, segments=based(plan.sources, plan.packing, segments))
+
+
+def _requests(config: RunConfig, past: Sequence[Segment]) -> tuple[StageRequest, ...]:
+    """What the configuration asks for; ``past``: what of it stands (a mock run's length is in iterations)."""
+    data, batch = config.data, config.train.global_batch_size
+    if data.seq_length < 1 or batch < 1:
+        raise ConfigError(
+            f"data.seq_length ({data.seq_length}) and train.global_batch_size ({batch}) must be at least 1"
+        )
+    if data.mock:
+        if config.train.train_iters is None:
+            raise ConfigError("train.train_iters: not given; data.mock has no token budget, so give it")
+        left = config.train.train_iters - sum(segment.iterations for segment in past)
+        tokens = sum(segment.tokens for segment in past) + left * batch * data.seq_length
+        return (StageRequest("mock", tokens, data.seq_length, (("mock", 1.0),)),)
     if not data.stages:
         raise ConfigError("data.stages: no stage; give at least one with name, tokens and mixture")
-    sources = tuple(data.sources)
-    seen: dict[str, int] = {}
-    used = dict.fromkeys(sources, 0)
-    first = 0
-    stages = []
+    requests: list[StageRequest] = []
     for number, stage in enumerate(data.stages):
         where = f"data.stages[{number}] ({stage.name or 'no name'})"
         if not stage.name:
             raise ConfigError(f"{where}.name: must not be empty")
-        if stage.name in seen:
-            raise ConfigError(f"{where}.name: stage {seen[stage.name]} has this name already")
-        seen[stage.name] = number
+        names = [request.name for request in requests]
+        if stage.name in names:
+            raise ConfigError(f"{where}.name: stage {names.index(stage.name)} has this name already")
         if stage.tokens < 1:
             raise ConfigError(f"{where}.tokens: must be at least 1, found {stage.tokens}")
-        shares = flatten_shares(stage.mixture, sources, f"{where}.mixture")
-        iterations = -(-stage.tokens // (data.seq_length * global_batch_size))
-        samples = iterations * global_batch_size
-        if samples > _MOST_SAMPLES:
-            raise ConfigError(
-                f"{where}.tokens: {samples} samples; cut it into stages of at most {_MOST_SAMPLES}"
-            )
-        counts = apportion([shares.get(name, 0.0) for name in sources], samples)
-        stages.append(
-            StagePlan(
-                name=stage.name,
-                tokens_asked=stage.tokens,
-                first_sample=first,
-                samples=samples,
-                iterations=iterations,
-                shares=tuple(shares.get(name, 0.0) for name in sources),
-                counts=tuple(counts),
-                bases=tuple(used.values()),
-            )
-        )
-        first += samples
-        for name, count in zip(sources, counts, strict=True):
-            used[name] += count
-    return MixturePlan(sources, data.seq_length, global_batch_size, tuple(stages))
+        seq_length = data.seq_length if stage.seq_length is None else stage.seq_length
+        if seq_length < 1:
+            raise ConfigError(f"{where}.seq_length: must be at least 1, found {seq_length}")
+        shares = flatten_shares(stage.mixture, data.sources, f"{where}.mixture")
+        requests.append(StageRequest(stage.name, stage.tokens, seq_length, tuple(shares.items())))
+    return tuple(requests)
 
 
-def flatten_shares(mixture: Mapping[str, Any], sources: Collection[str], where: str) -> dict[str, float]:
-    """Share of each source with nested groups multiplied out; ``where`` names the field in errors.
-
-    A source that stands in several groups gets the sum.
-    """
-    if not isinstance(mixture, Mapping) or not mixture:
-        raise ConfigError(f"{where}: must name at least one source with its share")
-    here: dict[str, float] = {}
-    flat: dict[str, float] = {}
-    for name, value in mixture.items():
-        field = f"{where}.{name}"
-        if isinstance(value, Mapping):
-            if unknown := set(value) - {"share", "of"}:
-                raise ConfigError(f"{field}: a group has the fields share and of; found {sorted(unknown)}")
-            if missing := {"share", "of"} - set(value):
-                raise ConfigError(f"{field}: a group needs {' and '.join(sorted(missing))}")
-            here[name] = _share(value["share"], f"{field}.share")
-            inner = flatten_shares(value["of"], sources, f"{field}.of")
-        else:
-            here[name] = _share(value, field)
-            if name not in sources:
-                near = difflib.get_close_matches(str(name), list(sources), n=1)
-                hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(sources) or 'none'}"
-                raise ConfigError(f"{field}: no source of this name in data.sources; {hint}")
-            inner = {name: 1.0}
-        for source, share in inner.items():
-            flat[source] = flat.get(source, 0.0) + here[name] * share
-    total = math.fsum(here.values())
-    if abs(total - 1) > 1e-6:
-        terms = " + ".join(f"{name} {share:g}" for name, share in here.items())
-        raise ConfigError(f"{where}: shares must sum to 1, found {terms} = {total:.9g}")
-    return flat
-
-
-def _share(value: Any, field: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ConfigError(f"{field}: a share is a number, found {value!r}")
-    if not 0 < value <= 1 + 1e-6:  # also refuses NaN
-        raise ConfigError(f"{field}: a share must be above 0 and at most 1, found {value}")
-    return float(value)
-
-
-def apportion(shares: list[float], total: int) -> list[int]:
-    """Whole numbers that sum to ``total``, each within 1 of its share of it (largest remainder)."""
-    norm = math.fsum(shares)
-    exact = [share / norm * total for share in shares]
-    counts = [math.floor(value) for value in exact]
-    # the earlier source wins a tie; one that was given no share is never handed a sample
-    order = sorted(
-        (index for index, share in enumerate(shares) if share > 0),
-        key=lambda index: (counts[index] - exact[index], index),
-    )
-    for index in order[: total - sum(counts)]:
-        counts[index] += 1
-    return counts
-
-
-def _locate(counts: tuple[int, ...], position: int) -> tuple[int, int]:
-    """(source, index within the source in this stage) of the sample at a position of a stage."""
-    window = position // _WINDOW  # off by a few samples at most: ideal places are one sample apart on average
-    while position < _places_before(counts, window * _WINDOW)[0]:
-        window -= 1
-    while position >= _places_before(counts, (window + 1) * _WINDOW)[0]:
-        window += 1
-    source_of, index_of = _window(counts, window)
-    offset = position - _places_before(counts, window * _WINDOW)[0]
-    return int(source_of[offset]), int(index_of[offset])
-
-
-@lru_cache(maxsize=1024)
-def _places_before(counts: tuple[int, ...], limit: int) -> tuple[int, tuple[int, ...]]:
-    """How many samples have their ideal place before ``limit``: of all sources, and of each."""
-    total = sum(counts)
-    # (2j + 1) total < 2 count limit, solved for the number of such j >= 0
-    each = tuple(min(count, ((2 * count * limit - 1) // total + 1) // 2) for count in counts)
-    return sum(each), each
-
-
-@lru_cache(maxsize=8)
-def _window(counts: tuple[int, ...], window: int) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
-    """Samples whose ideal place lies in one window of ``_WINDOW`` places, in order."""
-    total = sum(counts)
-    begins = _places_before(counts, window * _WINDOW)[1]
-    ends = _places_before(counts, (window + 1) * _WINDOW)[1]
-    sources, indices, wholes, fractions = [], [], [], []
-    for source, (count, begin, end) in enumerate(zip(counts, begins, ends, strict=True)):
-        if begin == end:
+def _with_the_past(
+    config: RunConfig, old: MixturePlan, past: Sequence[Segment], asked: tuple[StageRequest, ...]
+) -> tuple[tuple[StageRequest, ...], list[str]]:
+    """The request with the stages that are over as they were, and what in it would change the past."""
+    requests, refused = list(asked), []
+    trained = list(dict.fromkeys(segment.stage for segment in past))
+    for number, name in enumerate(trained):
+        if number >= len(asked) or asked[number].name != name:
+            refused.append(f"data.stages: stage {name} was trained as number {number} and must stay there")
             continue
-        index = np.arange(begin, end, dtype=np.int64)
-        whole, rest = np.divmod((2 * index + 1) * total, 2 * count)
-        sources.append(np.full(end - begin, source, dtype=np.int32))
-        indices.append(index)
-        wholes.append(whole)
-        fractions.append(rest / (2 * count))
-    source_of, index_of = np.concatenate(sources), np.concatenate(indices)
-    order = np.lexsort((source_of, np.concatenate(fractions), np.concatenate(wholes)))
-    return source_of[order], index_of[order]
+        was, now = _named(old.asked, name), asked[number]
+        done = sum(segment.tokens for segment in past if segment.stage == name)
+        if name == trained[-1] and now.tokens > done:
+            continue  # the stage that was reached: it may change
+        if config.data.mock or config.data.stages[number].seq_length is None:
+            now = now._replace(seq_length=was.seq_length)  # a new default is meant for what comes
+        requests[number] = now
+        if name == trained[-1]:
+            now = now._replace(tokens=was.tokens)  # it may end here
+        refused += [f"data.stages.{number} is over: {text}" for text in _stage_differences(was, now)]
+    if config.data.packing != old.packing:
+        refused.append(f"data.packing: {old.packing} -> {config.data.packing}")
+    read = {segment_source for segment_source, tokens in _tokens(old, past).items() if tokens}
+    if not config.data.mock:
+        refused += [
+            f"data.sources.{name} is not there, but was read from (it may have no share)"
+            for name in old.sources
+            if name in read and name not in config.data.sources
+        ]
+    return tuple(requests), refused
 
 
-def describe(plan: MixturePlan, source_token_counts: Mapping[str, int] | None = None) -> dict[str, Any]:
-    """The plan in numbers, for ``--dry-run``. ``epochs`` counts from the start of the run to the stage's end."""
-    known = source_token_counts or {}
-    stages = []
-    for stage in plan.stages:
-        rows = {}
-        for column, name in enumerate(plan.sources):
-            if stage.shares[column] == 0:
-                continue
-            count = stage.counts[column]
-            rows[name] = {
-                "share": stage.shares[column],
-                "samples": count,
-                "tokens": count * plan.seq_length,
-                "epochs": _epochs(stage.bases[column] + count, known.get(name), plan.seq_length),
-            }
-        stages.append(
-            {
-                "name": stage.name,
-                "tokens_asked": stage.tokens_asked,
-                "tokens": stage.samples * plan.seq_length,
-                "samples": stage.samples,
-                "iterations": stage.iterations,
-                "sources": rows,
-            }
-        )
+def _tokens(plan: MixturePlan, segments: Sequence[Segment]) -> dict[str, int]:
     return {
-        "train_iters": plan.train_iters,
-        "samples": plan.num_samples,
-        "tokens": plan.num_samples * plan.seq_length,
-        "seq_length": plan.seq_length,
-        "global_batch_size": plan.global_batch_size,
-        "stages": stages,
+        name: sum(segment.counts[column] * segment.seq_length for segment in segments)
+        for column, name in enumerate(plan.sources)
     }
 
 
-def _epochs(samples: int, tokens: int | None, seq_length: int) -> float | None:
-    if tokens is None:
-        return None
-    per_epoch = (tokens - 1) // seq_length
-    return samples / per_epoch if per_epoch > 0 else math.inf
+def _shares_in_force(
+    old: MixturePlan, asked: Sequence[StageRequest], sample: int
+) -> dict[str, tuple[float, ...]]:
+    """Shares that each stage goes on with where those asked for are the same: re-weighting may have moved them."""
+    found: dict[str, tuple[float, ...]] = {}
+    for stage in asked:
+        was = next((each for each in old.asked if each.name == stage.name), None)
+        if was is None or dict(was.shares) != dict(stage.shares):
+            continue
+        own = [segment for segment in old.segments if segment.stage == stage.name]
+        if own:
+            found[stage.name] = next((each for each in own if each.end > sample), own[-1]).shares
+    return found
 
 
-def plan_table(plan: MixturePlan, source_token_counts: Mapping[str, int] | None = None) -> str:
-    """The plan as a table for people; a source read more than once is marked."""
-    numbers = describe(plan, source_token_counts)
-    width = max([len(name) for name in plan.sources] + [len(s.name) + 6 for s in plan.stages] + [12])
-    lines = [f"{'':{width}} {'share':>8} {'samples':>14} {'tokens':>20} {'epochs so far':>14}"]
-    for stage in numbers["stages"]:
-        lines.append(
-            f"{'stage ' + stage['name']:{width}} {'':>8} {stage['samples']:>14,} {stage['tokens']:>20,}"
-            f" {'':>14}  {stage['iterations']:,} iterations"
-        )
-        for name, row in stage["sources"].items():
-            epochs = row["epochs"]
-            shown = "?" if epochs is None else f"{epochs:.2f}"
-            note = "  repeats" if epochs is not None and epochs > 1 else ""
-            note += "  never read: the share is less than one sample" if row["samples"] == 0 else ""
-            lines.append(
-                f"{'  ' + name:{width}} {row['share']:>8.4f} {row['samples']:>14,} {row['tokens']:>20,}"
-                f" {shown:>14}{note}"
-            )
-    lines.append(
-        f"{'run':{width}} {'':>8} {numbers['samples']:>14,} {numbers['tokens']:>20,}"
-        f" {'':>14}  {numbers['train_iters']:,} iterations"
-    )
-    return "\n".join(line.rstrip() for line in lines)
+def _widened(segment: Segment, columns: int) -> Segment:
+    """The segment with columns for sources that it did not know."""
+    rows = ("shares", "counts", "bases", "pattern")
+    return dataclasses.replace(segment, **{row: getattr(segment, row) + (0,) * columns for row in rows})
+
+
+def _named(requests: Sequence[StageRequest], name: str) -> StageRequest:
+    return next(each for each in requests if each.name == name)
+
+
+def _same(one: StageRequest, other: StageRequest) -> bool:
+    return not _stage_differences(one, other)
+
+
+def _differences(old: MixturePlan, asked: Sequence[StageRequest], batch: int, packing: str) -> list[str]:
+    changes = []
+    if batch != old.global_batch_size:
+        changes.append(f"train.global_batch_size {old.global_batch_size} -> {batch}")
+    if packing != old.packing:
+        changes.append(f"data.packing {old.packing} -> {packing}")
+    before = {stage.name: stage for stage in old.asked}
+    after = {stage.name: stage for stage in asked}
+    changes += [f"stage {name} removed" for name in before if name not in after]
+    for name, stage in after.items():
+        if name not in before:
+            changes.append(f"stage {name} added")
+        else:
+            changes += _stage_differences(before[name], stage)
+    if not changes and list(before) != list(after):
+        changes.append(f"stages in another order: {', '.join(after)}")
+    return changes
+
+
+def _stage_differences(was: StageRequest, now: StageRequest) -> list[str]:
+    changes = [
+        f"stage {was.name}: {field} {getattr(was, field)} -> {getattr(now, field)}"
+        for field in ("tokens", "seq_length")
+        if getattr(was, field) != getattr(now, field)
+    ]
+    before, after = dict(was.shares), dict(now.shares)
+    changes += [
+        f"stage {was.name}: share of {name} {before.get(name, 0.0):g} -> {after.get(name, 0.0):g}"
+        for name in dict.fromkeys([*before, *after])
+        if before.get(name, 0.0) != after.get(name, 0.0)
+    ]
+    return changes

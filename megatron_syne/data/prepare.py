@@ -1,242 +1,299 @@
-"""JSONL files to token files: one document per line, EOS appended, no BOS, short documents dropped.
+"""Documents to token files: EOS appended, no BOS, short documents dropped, unless asked otherwise.
 
-These are Llama-3-SynE's rules. The bytes written depend only on the inputs and the options, never on the
-number of workers. Memory is bounded by a few chunks per worker, plus 4 bytes per document.
+The defaults are Llama-3-SynE's rules. The bytes written depend only on the inputs and the options, never on the
+number of workers, nor on how often the run was killed on the way: a run started again goes on from its journal.
+Memory is bounded by a few blocks (or the longest lines) per worker.
 """
 
 from __future__ import annotations
 
-import hashlib
-import itertools
 import json
-import multiprocessing
 import os
-import signal
-import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, BinaryIO, Literal
-
-import numpy as np
-from numpy.typing import NDArray
+from dataclasses import asdict
+from typing import Any, BinaryIO
 
 from megatron_syne.data.atomic import Outputs
-from megatron_syne.data.indexed import MANIFEST_FORMAT, MANIFEST_VERSION, IndexedWriter, token_dtype
-from megatron_syne.data.jsonl import MAX_LINE_BYTES, BadLine, Line, SourceFile, text_of
+from megatron_syne.data.blocks import Block
+from megatron_syne.data.counts import Progress, Totals, counts_of, manifest_bytes, manifest_of
+from megatron_syne.data.encode import Encoded, encode_all
+from megatron_syne.data.fields import NumberWriter, stale_fields
+from megatron_syne.data.indexed import IndexedWriter, token_dtype
+from megatron_syne.data.inputs import BLOCK_BYTES, STDIN, InputFile, find_inputs, open_input
+from megatron_syne.data.job import TRAIN, VALID, Job, check_inputs, check_job
+from megatron_syne.data.journal import Journal, request_of
+from megatron_syne.data.jsonl import Line
+from megatron_syne.data.shards import Part, finished_shard, lines_before, plan_shard, shard_request
 from megatron_syne.data.tokenizer import Tokenizer, load_tokenizer
-from megatron_syne.errors import ConfigError, DataError, IOFault, SyneError
+from megatron_syne.errors import CannotCreate, ConfigError, DataError
 
-TRAIN, VALID = 0, 1
-_CHUNKS_AHEAD = 3
+__all__ = ["Job", "prepare"]
+
+JOURNAL_SECONDS = 10.0
+"""Work that a killed run loses, at most about."""
 _BYTES_PER_WORKER = 4 << 20
+_PACKED_PER_WORKER = 1 << 20  # compressed text and parquet hold several times their size
 
 
-@dataclass(frozen=True)
-class Job:
-    """One preparation: several JSONL files to one prefix, or to two disjoint ones (training, validation)."""
+def prepare(
+    job: Job, report: Callable[[str], None] | None = None, say: Callable[[str], None] | None = None
+) -> list[dict[str, Any]]:
+    """Run the job; returns the manifest of each prefix written.
 
-    inputs: Sequence[str | Path]
-    """JSONL files, in order."""
-    tokenizer: str | Path
-    """Folder (or file) of the tokenizer."""
-    output_prefix: str | Path
-    """``.bin``, ``.idx`` and ``.json`` are appended."""
-    json_key: str = "text"
-    """Field that holds the text."""
-    min_tokens: int = 10
-    """Documents with fewer tokens than this, counted before EOS, are dropped."""
-    workers: int = 1
-    """Most processes that tokenise; a small input takes fewer, as each must first load the tokenizer."""
-    on_error: Literal["fail", "skip"] = "fail"
-    """Malformed line: stop with nothing written, or move it to ``<prefix>.quarantine.jsonl``."""
-    overwrite: bool = False
-    """Replace existing outputs."""
-    valid_prefix: str | Path | None = None
-    """Prefix of the held-out documents; not given = none are held out."""
-    valid_fraction: float = 0.02
-    """Share of documents held out, chosen by a hash of seed and text: exact copies of a document fall on
-    the same side, and the choice outlives a change in the order of files."""
-    seed: int = 1234
-    """Seed of that choice."""
-    max_line_bytes: int = MAX_LINE_BYTES
-    """A longer line is malformed: it would be read into memory whole."""
-
-
-@dataclass
-class Encoded:
-    """What one chunk of lines became; lists are indexed by part (training, validation)."""
-
-    tokens: list[NDArray[Any]] = field(default_factory=list)
-    lengths: list[NDArray[np.int32]] = field(default_factory=list)
-    too_short: list[int] = field(default_factory=lambda: [0, 0])
-    lines: int = 0
-    bytes_read: int = 0
-    blank: int = 0
-    empty: int = 0
-    bad: list[tuple[Line, str, int]] = field(default_factory=list)
-
-
-def prepare(job: Job, report: Callable[[str], None] | None = None) -> list[dict[str, Any]]:
-    """Run the job; returns the manifest of each part written. ``report`` gets a progress text now and then.
-
-    Raises ConfigError, MissingInput, DataError, CannotCreate; then nothing is written.
+    ``report`` gets a progress text now and then, ``say`` what the user should know once. Raises ConfigError,
+    MissingInput, DataError, CannotCreate; then nothing is published. A shard that is finished is left alone.
     """
-    _check(job)
+    check_job(job)
+    files = find_inputs(job.inputs, say)
+    check_inputs(files)
+    parts = [Part(file) for file in files] if job.shard is None else plan_shard(files, *job.shard)
+    inputs = [_open(part, job) for part in parts]
     tokenizer = load_tokenizer(job.tokenizer)
-    if tokenizer.eos_id is None:
+    _check_tokens(job, tokenizer)
+    if job.shard is not None:
+        for prefix in (str(job.output_prefix), job.valid_prefix):
+            if prefix is not None and os.path.lexists(f"{prefix}.json") and not job.overwrite:
+                raise CannotCreate(
+                    f"{prefix}.json: exists already: merged before? Pass --overwrite to do it again"
+                )
+        done = finished_shard(job, shard_request(job, files, tokenizer.fingerprint))
+        if done is not None and not job.overwrite:
+            if say is not None:
+                say(f"{job.prefixes()[TRAIN]}: finished before; nothing to do")
+            return done
+    outputs = Outputs(overwrite=job.overwrite)
+    with outputs:
+        try:
+            run = _Run(job, tokenizer, files, parts, inputs, outputs, say)
+            run.encode(Progress(sum(one.size for one in inputs), report))
+            return run.publish()
+        except DataError:
+            outputs.keep_partial = False  # the same inputs would only fail again
+            raise
+
+
+def _open(part: Part, job: Job) -> InputFile:
+    return open_input(
+        part.file,
+        max_line_bytes=job.max_line_bytes,
+        text_key=job.json_key,
+        fields=[job.json_key, *job.keep],
+        span=part.span,
+    )
+
+
+def _check_tokens(job: Job, tokenizer: Tokenizer) -> None:
+    if job.append_eod and tokenizer.eos_id is None:
         raise DataError(
             f"{job.tokenizer}: no end-of-text token is named; give tokenizer_config.json (eos_token) or "
             f"generation_config.json (eos_token_id) beside the tokenizer"
         )
-    sources = [SourceFile(path, max_line_bytes=job.max_line_bytes) for path in job.inputs]
-    prefixes = [str(job.output_prefix)] + ([str(job.valid_prefix)] if job.valid_prefix is not None else [])
-    with Outputs(overwrite=job.overwrite) as outputs:
-        writers = [
-            IndexedWriter(
-                outputs.create(f"{prefix}.bin"),
-                outputs.create(f"{prefix}.idx"),
-                token_dtype(tokenizer.vocab_size),
-            )
-            for prefix in prefixes
-        ]
-        quarantine = outputs.create(f"{prefixes[TRAIN]}.quarantine.jsonl", optional=True)
-        seals = [outputs.create(f"{prefix}.json", seal=True) for prefix in prefixes]
-        totals = Totals()
-        progress = Progress(sum(source.size for source in sources), report)
-        for source, encoded in _encode_all(sources, tokenizer, job):
-            if encoded.bad and job.on_error == "fail":
-                line, reason, byte = encoded.bad[0]
-                raise DataError(
-                    f"{source.path}:{line.number}:{byte}: {reason} (line {line.number}, byte {byte}); "
-                    f"correct it, or pass --on-error skip to set such lines aside"
-                )
-            for part, writer in enumerate(writers):
-                if encoded.lengths[part].size:
-                    totals.highest[part] = max(totals.highest[part], int(encoded.tokens[part].max()))
-                    writer.add(encoded.tokens[part], encoded.lengths[part])
+    if job.prepend_bos and tokenizer.bos_id is None:
+        raise ConfigError(f"--prepend-bos: {job.tokenizer} names no beginning-of-text token")
+    if job.fim is not None:
+        job.fim.sentinels(tokenizer)
+
+
+class _Run:
+    """The open outputs of a job, and how far it has come."""
+
+    def __init__(
+        self,
+        job: Job,
+        tokenizer: Tokenizer,
+        files: Sequence[str],
+        parts: Sequence[Part],
+        inputs: Sequence[InputFile],
+        outputs: Outputs,
+        say: Callable[[str], None] | None,
+    ) -> None:
+        self._job, self._tokenizer, self._files = job, tokenizer, files
+        self._parts, self._inputs, self._outputs = parts, inputs, outputs
+        self._prefixes = job.prefixes()
+        self.totals = Totals()
+        self._input, self._lines = 0, 0  # inputs done, and lines done of the next one
+        self._sources: list[dict[str, Any]] = []
+        journal = outputs.create(f"{self._prefixes[TRAIN]}.journal", keep=True, scratch=True)
+        self._journal = Journal(journal, self._request())
+        left = self._journal.state
+        outputs.keep_partial = left is not None
+        if left is not None and left.get("publishing") and not all(map(os.path.exists, self._seals())):
+            outputs.overwrite = True  # killed while it gave the files their names: they are ours
+        self._writers: list[IndexedWriter] = []
+        self._numbers: list[list[NumberWriter]] = []
+        self._streams: list[BinaryIO] = []
+        dtype = token_dtype(tokenizer.vocab_size)
+        for prefix in self._prefixes:
+            pair = self._create(f"{prefix}.bin"), self._create(f"{prefix}.idx")
+            self._writers.append(IndexedWriter(*pair, dtype))
+            columns = [self._create(f"{prefix}.{name}.npy") for name in job.keep]
+            self._numbers.append([NumberWriter(stream) for stream in columns])
+        self._quarantine = self._create(f"{self._prefixes[TRAIN]}.quarantine.jsonl", optional=True)
+        self._seal_streams = [outputs.create(path, seal=True) for path in self._seals()]
+        if self._journal.found:
+            self._resume(left, say)
+        self._written = time.monotonic()
+
+    def _create(self, path: str, optional: bool = False) -> BinaryIO:
+        stream = self._outputs.create(path, keep=self._journal.state is not None, optional=optional)
+        self._streams.append(stream)
+        return stream
+
+    def _seals(self) -> list[str]:
+        return [f"{prefix}.json" for prefix in self._prefixes]
+
+    def _request(self) -> str:
+        job = self._job
+        seen: list[list[Any]] = []
+        for part in self._parts:
+            if part.file == STDIN:  # never twice the same
+                seen.append([STDIN, os.getpid(), time.time_ns()])
+            else:
+                status = os.stat(part.file)
+                seen.append([part.file, part.span, status.st_size, status.st_mtime_ns])
+        split = [job.valid_fraction, job.seed] if job.valid_prefix is not None else None
+        limits = [job.max_line_bytes, BLOCK_BYTES, list(job.keep)]
+        return request_of(1, job.options(), split, limits, self._prefixes, self._tokenizer.fingerprint, seen)
+
+    def _resume(self, left: dict[str, Any] | None, say: Callable[[str], None] | None) -> None:
+        prefix = self._prefixes[TRAIN]
+        if left is None or not self._take_over(left):
+            self._journal.clear()
+            self._outputs.keep_partial = False
+            text = f"{prefix}: what a killed run left is of other inputs or options, or damaged; starting from zero"
+        else:
+            documents = sum(writer.documents for writer in self._writers)
+            text = f"{prefix}: going on where a killed run stopped, behind {documents:,} documents"
+        if say is not None:
+            say(text)
+
+    def _take_over(self, left: dict[str, Any]) -> bool:
+        """Cut the outputs back to what the journal says; False, and all of them empty, where they are not that."""
+        ends = left["ends"]
+        whole = all(
+            os.fstat(stream.fileno()).st_size >= end for stream, end in zip(self._streams, ends, strict=True)
+        )
+        for part, (writer, columns) in enumerate(zip(self._writers, self._numbers, strict=True)):
+            tokens, documents, digest = left["parts"][part] if whole else (0, 0, None)
+            writer.resume(tokens, documents)
+            for column in columns:
+                column.resume(documents)
+            whole = whole and writer.bin_sha256() == digest
+        self._quarantine.seek(ends[-1] if whole else 0)
+        self._quarantine.truncate()
+        if whole:
+            self.totals = Totals(**left["totals"])
+            self._input, self._lines, self._sources = left["input"], left["lines"], left["sources"]
+            return True
+        for writer, columns in zip(self._writers, self._numbers, strict=True):
+            writer.resume(0, 0)
+            for column in columns:
+                column.resume(0)
+        return False
+
+    def encode(self, progress: Progress) -> None:
+        """Read, tokenise and write everything that is left."""
+        todo = sum(one.size for one in self._inputs)
+        packed = any(one.path.endswith((".gz", ".zst", ".parquet")) for one in self._inputs)
+        room = todo // (_PACKED_PER_WORKER if packed else _BYTES_PER_WORKER)
+        workers = self._job.workers if STDIN in self._files else min(self._job.workers, room)
+        before = sum(one.size for one in self._inputs[: self._input])
+        for index, block, encoded in encode_all(self._blocks(), self._tokenizer, self._job, workers):
+            if index > self._input:
+                before += sum(one.size for one in self._inputs[self._input : index])
+                self._finish_inputs(index)
+            self._add(self._inputs[index], self._parts[index], encoded)
+            self._lines = block.first_line + encoded.lines - 1
+            if time.monotonic() - self._written >= JOURNAL_SECONDS and STDIN not in self._files:
+                self._record()
+            tokens = sum(writer.tokens for writer in self._writers)
+            documents = sum(writer.documents for writer in self._writers)
+            progress.update(before + self._inputs[index].read, documents, tokens)
+        self._finish_inputs(len(self._inputs))
+
+    def _blocks(self) -> Iterator[tuple[int, Block]]:
+        done = self._lines
+        for index in range(self._input, len(self._inputs)):
+            for block in self._inputs[index].blocks():
+                if block.first_line > done:
+                    yield index, block
+            done = 0
+
+    def _finish_inputs(self, end: int) -> None:
+        for index in range(self._input, end):
+            one, part = self._inputs[index], self._parts[index]
+            source = {"file": one.path, "bytes": one.size, "sha256": one.sha256}
+            self._sources.append(source if part.span is None else {**source, "start": part.span[0]})
+        self._input, self._lines = end, 0
+
+    def _add(self, source: InputFile, part: Part, encoded: Encoded) -> None:
+        if encoded.bad:
+            base = lines_before(part) if part.span else 0
             for line, reason, byte in encoded.bad:
-                _set_aside(quarantine, source.path, line, reason, byte)
-            totals.add(encoded)
-            progress.update(encoded, sum(writer.tokens for writer in writers))
-        manifests = []
-        for part, (prefix, writer, seal) in enumerate(zip(prefixes, writers, seals, strict=True)):
-            if writer.documents == 0:
+                number = line.number + base
+                if self._job.on_error == "fail":
+                    raise DataError(
+                        f"{source.path}:{number}:{byte}: {reason} (line {number}, byte {byte}); "
+                        f"correct it, or pass --on-error skip to set such lines aside"
+                    )
+                _set_aside(self._quarantine, source.path, line._replace(number=number), reason, byte)
+        for index, writer in enumerate(self._writers):
+            if encoded.lengths[index].size:
+                writer.add(encoded.tokens[index], encoded.lengths[index])
+                for column, values in zip(self._numbers[index], encoded.numbers[index], strict=True):
+                    column.add(values)
+        self.totals.add(encoded)
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "input": self._input,
+            "lines": self._lines,
+            "sources": self._sources,
+            "totals": asdict(self.totals),
+            "parts": [[one.tokens, one.documents, one.bin_sha256()] for one in self._writers],
+            "ends": [stream.tell() for stream in self._streams],
+        }
+
+    def _record(self) -> None:
+        self._journal.write(self._state(), self._streams)
+        self._outputs.keep_partial = True
+        self._written = time.monotonic()
+
+    def publish(self) -> list[dict[str, Any]]:
+        """Finish and name the files; returns the manifests."""
+        job, manifests = self._job, []
+        state = {
+            **self._state(),
+            "publishing": True,
+        }  # of the files as they are before the indices are finished
+        for part, (prefix, writer) in enumerate(zip(self._prefixes, self._writers, strict=True)):
+            if writer.documents == 0 and job.shard is None:
                 raise DataError(
-                    f"{prefix}: no document is left of {totals.lines} lines ({totals.describe()}); "
+                    f"{prefix}: no document is left of {self.totals.lines} lines ({self.totals.describe()}); "
                     + ("raise --valid-fraction" if part == VALID else "check the inputs and --min-tokens")
                 )
-            manifest = _manifest(job, tokenizer, sources, totals, part, len(prefixes), writer)
-            seal.write((json.dumps(manifest, indent=1, ensure_ascii=False) + "\n").encode("utf-8"))
+            counts = counts_of(self.totals, part, writer.documents, writer.tokens)
+            fields = {
+                name: column.finish() for name, column in zip(job.keep, self._numbers[part], strict=True)
+            }
+            highest = self.totals.highest[part]
+            manifest = manifest_of(
+                job, self._tokenizer, part, highest, counts, self._sources, writer.finish(), fields
+            )
+            if job.shard is not None:
+                request = shard_request(job, self._files, self._tokenizer.fingerprint)
+                manifest["shard"] = {"index": job.shard[0], "count": job.shard[1], "request": request}
+            self._seal_streams[part].write(manifest_bytes(manifest))
             manifests.append(manifest)
-        outputs.publish()
-    return manifests
-
-
-@dataclass
-class Totals:
-    """Counts over all chunks. Every line is counted once: see :func:`_manifest`."""
-
-    lines: int = 0
-    blank: int = 0
-    empty: int = 0
-    malformed: int = 0
-    too_short: list[int] = field(default_factory=lambda: [0, 0])
-    highest: list[int] = field(default_factory=lambda: [0, 0])
-
-    def add(self, encoded: Encoded) -> None:
-        self.lines += encoded.lines
-        self.blank += encoded.blank
-        self.empty += encoded.empty
-        self.malformed += len(encoded.bad)
-        for part in (TRAIN, VALID):
-            self.too_short[part] += encoded.too_short[part]
-
-    def describe(self) -> str:
-        return (
-            f"blank {self.blank}, empty {self.empty}, too short {sum(self.too_short)}, "
-            f"malformed {self.malformed}"
-        )
-
-
-class Progress:
-    """Says at most once a second how far the work is."""
-
-    def __init__(self, total_bytes: int, report: Callable[[str], None] | None) -> None:
-        self._total, self._report = max(total_bytes, 1), report
-        self._done, self._documents = 0, 0
-        self._begin = self._last = time.monotonic()
-
-    def update(self, encoded: Encoded, tokens: int) -> None:
-        self._done += encoded.bytes_read
-        self._documents += sum(int(lengths.size) for lengths in encoded.lengths)
-        now = time.monotonic()
-        if self._report is None or now - self._last < 1:
-            return
-        self._last = now
-        self._report(
-            f"{100 * self._done / self._total:.0f}%  {self._documents:,} documents  {tokens:,} tokens  "
-            f"{tokens / (now - self._begin):,.0f} tokens/s"
-        )
-
-
-def encode_lines(lines: Sequence[Line], tokenizer: Tokenizer, job: Job) -> Encoded:
-    """Texts of some lines to tokens with EOS, by part; pure."""
-    out = Encoded(lines=len(lines), bytes_read=sum(line.length for line in lines))
-    texts: list[list[str]] = [[], []]
-    for line in lines:
-        try:
-            text = text_of(line, job.json_key)
-        except BadLine as error:
-            out.bad.append((line, error.reason, error.byte))
-            continue
-        if text is None:
-            out.blank += 1
-        elif not text.strip():
-            out.empty += 1
-        else:
-            texts[part_of(text, job)].append(text)
-    dtype = token_dtype(tokenizer.vocab_size)
-    for part, documents in enumerate(texts):
-        kept = []
-        for ids in tokenizer.encode_batch(documents) if documents else []:
-            if len(ids) < job.min_tokens:
-                out.too_short[part] += 1
-            else:
-                ids.append(tokenizer.eos_id)  # type: ignore[arg-type]  # prepare() refuses None
-                kept.append(ids)
-        lengths = np.array([len(ids) for ids in kept], dtype=np.int32)
-        out.lengths.append(lengths)
-        out.tokens.append(np.fromiter(itertools.chain.from_iterable(kept), dtype, int(lengths.sum())))
-    return out
-
-
-def part_of(text: str, job: Job) -> int:
-    """Whether a document is for training or held out."""
-    if job.valid_prefix is None:
-        return TRAIN
-    digest = hashlib.blake2b(text.encode("utf-8"), digest_size=8, key=b"%d" % job.seed).digest()
-    return VALID if int.from_bytes(digest, "little") < job.valid_fraction * 2.0**64 else TRAIN
-
-
-def _check(job: Job) -> None:
-    if not job.inputs:
-        raise ConfigError("--input: give at least one JSONL file")
-    names = [os.path.realpath(path) for path in job.inputs]
-    for index, name in enumerate(names):
-        if name in names[:index]:
-            raise ConfigError(f"--input: {job.inputs[index]} is given twice; its documents would be doubled")
-    if job.min_tokens < 0 or job.workers < 1 or job.max_line_bytes < 1:
-        raise ConfigError("--min-tokens must be at least 0, --workers and --max-line-bytes at least 1")
-    if job.valid_prefix is not None:
-        if not 0 < job.valid_fraction < 1:
-            raise ConfigError(f"--valid-fraction: must lie between 0 and 1, found {job.valid_fraction}")
-        if os.path.realpath(job.valid_prefix) == os.path.realpath(job.output_prefix):
-            raise ConfigError("--valid-prefix: must differ from --output-prefix")
+        self._outputs.flush()
+        self._journal.write(state, [])
+        self._outputs.keep_partial = True
+        stale = [file for prefix in self._prefixes for file in stale_fields(prefix, job.keep)]
+        self._outputs.publish()
+        for file in stale:
+            file.unlink(missing_ok=True)
+        return manifests
 
 
 def _set_aside(stream: BinaryIO, path: str, line: Line, reason: str, byte: int) -> None:
@@ -244,104 +301,3 @@ def _set_aside(stream: BinaryIO, path: str, line: Line, reason: str, byte: int) 
     raw = line.raw.rstrip(b"\r\n").decode("utf-8", "surrogateescape")
     record = {"file": path, "line": line.number, "byte": byte, "reason": reason, "raw": raw}
     stream.write(json.dumps(record).encode("ascii") + b"\n")
-
-
-def _manifest(
-    job: Job,
-    tokenizer: Tokenizer,
-    sources: Sequence[SourceFile],
-    totals: Totals,
-    part: int,
-    parts: int,
-    writer: IndexedWriter,
-) -> dict[str, Any]:
-    """lines = documents + blank + empty + malformed + too_short + other_part, for either part."""
-    dropped = {"blank": 0, "empty": 0, "malformed": 0, "too_short": totals.too_short[part]}
-    if part == TRAIN:
-        dropped |= {"blank": totals.blank, "empty": totals.empty, "malformed": totals.malformed}
-    manifest: dict[str, Any] = {
-        "format": MANIFEST_FORMAT,
-        "version": MANIFEST_VERSION,
-        "dtype": token_dtype(tokenizer.vocab_size).name,
-        "max_token_id": totals.highest[part],
-        "counts": {
-            "lines": totals.lines,
-            "documents": writer.documents,
-            "tokens": writer.tokens,
-            "dropped": dropped,
-            "other_part": totals.lines - writer.documents - sum(dropped.values()),
-        },
-        "options": {"json_key": job.json_key, "min_tokens": job.min_tokens, "on_error": job.on_error},
-        "tokenizer": {
-            "kind": tokenizer.kind,
-            "fingerprint": tokenizer.fingerprint,
-            "vocab_size": tokenizer.vocab_size,
-            "eos_id": tokenizer.eos_id,
-        },
-        "sources": [{"file": s.path, "bytes": s.size, "sha256": s.sha256} for s in sources],
-        "files": writer.finish(),
-    }
-    if parts == 2:
-        manifest["split"] = {
-            "part": ("train", "valid")[part],
-            "valid_fraction": job.valid_fraction,
-            "seed": job.seed,
-        }
-    return manifest
-
-
-def _encode_all(
-    sources: Sequence[SourceFile], tokenizer: Tokenizer, job: Job
-) -> Iterator[tuple[SourceFile, Encoded]]:
-    """Every chunk of every source, encoded, in order."""
-    chunks = ((source, lines) for source in sources for lines in source.chunks())
-    workers = min(job.workers, sum(source.size for source in sources) // _BYTES_PER_WORKER)
-    if workers <= 1:
-        for source, lines in chunks:
-            yield source, encode_lines(lines, tokenizer, job)
-        return
-    context = multiprocessing.get_context("spawn")  # a forked copy of threads of tokenizers can hang
-    pool = ProcessPoolExecutor(
-        workers, mp_context=context, initializer=_start_worker, initargs=(job, tokenizer.fingerprint)
-    )
-    waiting: deque[tuple[SourceFile, Future[Encoded]]] = deque()
-    try:
-        for source, lines in chunks:
-            waiting.append((source, pool.submit(_encode_in_worker, lines)))
-            if len(waiting) >= _CHUNKS_AHEAD * workers:
-                yield waiting[0][0], waiting.popleft()[1].result()
-        while waiting:
-            yield waiting[0][0], waiting.popleft()[1].result()
-    except BrokenProcessPool:
-        raise IOFault(
-            "a tokenising worker died (out of memory?); start again, with fewer --workers if it repeats"
-        ) from None
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-
-
-_worker: tuple[Tokenizer, Job] | None = None
-
-
-def _start_worker(job: Job, fingerprint: str) -> None:
-    global _worker
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent answers for ctrl-C
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
-    threading.Thread(target=_leave_with_parent, daemon=True).start()
-    tokenizer = load_tokenizer(job.tokenizer)
-    if tokenizer.fingerprint != fingerprint:
-        raise SyneError(f"{job.tokenizer}: changed while the job ran")
-    _worker = (tokenizer, job)
-
-
-def _leave_with_parent() -> None:
-    """A parent that is killed outright cannot stop its workers."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
-
-
-def _encode_in_worker(lines: Sequence[Line]) -> Encoded:
-    assert _worker is not None
-    return encode_lines(lines, *_worker)

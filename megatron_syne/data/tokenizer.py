@@ -1,22 +1,28 @@
-"""Text to token ids, from the files that a Hugging Face folder carries.
+"""Text to token ids, from the files that a model's folder carries.
 
-Two kinds are read: ``tokenizer.json`` (library ``tokenizers``) and sentencepiece's ``tokenizer.model``.
-In both, text is only ever text: no BOS or EOS is added, and a document that spells out ``<|end_of_text|>``
-gets ordinary tokens, so that no document can forge the end of another.
+Three kinds are read: ``tokenizer.json``, Meta's ``tokenizer.model`` of Llama-3 (tiktoken's format) and
+sentencepiece's ``tokenizer.model``. In all of them text is only ever text: no BOS or EOS is added, and a document
+that spells out ``<|end_of_text|>`` gets ordinary tokens, so that no document can forge the end of another. The ids
+are those of transformers' tokenizer with ``add_special_tokens=False, split_special_tokens=True``.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from numpy.typing import NDArray
+
+from megatron_syne.data.tokenizers.byte_bpe import LLAMA3_PATTERN, ByteBpeTokenizer
+from megatron_syne.data.tokenizers.byte_level_json import byte_level_of
+from megatron_syne.data.tokenizers.hugging_face import HuggingFaceTokenizer
+from megatron_syne.data.tokenizers.llama3_model import is_tiktoken, read_ranks, special_tokens
+from megatron_syne.data.tokenizers.sentence_piece import SentencePieceTokenizer
 from megatron_syne.errors import DataError, MissingInput
 
-_TIKTOKEN_LINE = re.compile(rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n")
 _MAX_TOKENIZER_BYTES = 1 << 28
 
 
@@ -32,13 +38,21 @@ class Tokenizer(Protocol):
     fingerprint: str
     """SHA-256 of ``tokenizer.json`` / ``tokenizer.model``: what ``sha256sum`` prints."""
     kind: str
-    """``tokenizers`` or ``sentencepiece``."""
+    """What the file is: ``tokenizers``, ``tiktoken`` or ``sentencepiece``."""
+    library: str
+    """What does the work; tiktoken also for a ``tokenizer.json`` where it is proved to give the same ids."""
 
     def encode(self, text: str) -> list[int]: ...
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]: ...
+    def encode_batch(self, texts: Sequence[str]) -> list[NDArray[Any]]:
+        """One array of ids for each text, in ``token_dtype(vocab_size)``; they may be read-only."""
+        ...
 
     def decode(self, ids: Sequence[int]) -> str: ...
+
+    def token_id(self, name: str) -> int | None:
+        """Id of a token by its name, special tokens included; None where there is none."""
+        ...
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
@@ -49,14 +63,23 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     file = find_tokenizer_file(path)
     data = file.read_bytes()
     fingerprint = hashlib.sha256(data).hexdigest()
+    tokenizer: ByteBpeTokenizer | HuggingFaceTokenizer | SentencePieceTokenizer
     if file.suffix == ".json":
-        return _HuggingFaceTokenizer(file, data, fingerprint)
-    if _TIKTOKEN_LINE.match(data):
-        raise DataError(
-            f"{file}: is in tiktoken's format (base64 token and rank on each line), which is not read; "
-            f"put the tokenizer.json of the same model beside it"
-        )
-    return _SentencePieceTokenizer(file, data, fingerprint)
+        tokenizer = _from_json(file, data, fingerprint)
+    elif is_tiktoken(data):
+        special = _renamed(file.parent, special_tokens())
+        tokenizer = ByteBpeTokenizer("tiktoken", fingerprint, LLAMA3_PATTERN, read_ranks(file, data), special)
+        tokenizer.eos_id = tokenizer.token_id("<|end_of_text|>")
+        tokenizer.bos_id = tokenizer.token_id("<|begin_of_text|>")
+    else:
+        try:
+            tokenizer = SentencePieceTokenizer(fingerprint, data)
+        except Exception as error:
+            raise DataError(f"{file}: not a sentencepiece model: {error}") from None
+    eos, bos = _named_ids(file.parent, tokenizer.token_id, tokenizer.vocab_size)
+    tokenizer.eos_id = tokenizer.eos_id if eos is None else eos
+    tokenizer.bos_id = tokenizer.bos_id if bos is None else bos
+    return tokenizer
 
 
 def find_tokenizer_file(path: str | Path) -> Path:
@@ -80,68 +103,30 @@ def tokenizer_fingerprint(path: str | Path) -> str:
     return hashlib.sha256(find_tokenizer_file(path).read_bytes()).hexdigest()
 
 
-class _HuggingFaceTokenizer:
-    kind = "tokenizers"
-
-    def __init__(self, file: Path, data: bytes, fingerprint: str) -> None:
-        from tokenizers import Tokenizer as Backend
-
-        try:
-            self._backend = Backend.from_str(data.decode("utf-8"))
-        except Exception as error:  # the library raises bare Exception
-            raise DataError(f"{file}: not a tokenizer that the library can read: {error}") from None
-        self._backend.no_truncation()
-        self._backend.no_padding()
-        self._backend.encode_special_tokens = True  # special tokens spelled in a text stay text
-        self.vocab_size = max(self._backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
-        self.fingerprint = fingerprint
-        self.eos_id, self.bos_id = _named_ids(file.parent, self._backend.token_to_id, self.vocab_size)
-
-    def encode(self, text: str) -> list[int]:
-        return list(self._backend.encode(text, add_special_tokens=False).ids)
-
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        # the fast form leaves out character offsets, which nobody reads here
-        encoded = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [list(one.ids) for one in encoded]
-
-    def decode(self, ids: Sequence[int]) -> str:
-        return str(self._backend.decode(list(ids), skip_special_tokens=False))
+def _from_json(file: Path, data: bytes, fingerprint: str) -> ByteBpeTokenizer | HuggingFaceTokenizer:
+    try:
+        found = byte_level_of(json.loads(data))
+    except (ValueError, RecursionError):
+        found = None  # the library says what is wrong with it
+    if found is not None:
+        return ByteBpeTokenizer("tokenizers", fingerprint, *found)
+    try:
+        return HuggingFaceTokenizer(fingerprint, data.decode("utf-8"))
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # a bare Exception, or Rust's PanicException, which is not even one
+        raise DataError(f"{file}: not a tokenizer that the library can read: {error}") from None
 
 
-class _SentencePieceTokenizer:
-    kind = "sentencepiece"
-
-    def __init__(self, file: Path, data: bytes, fingerprint: str) -> None:
-        from sentencepiece import SentencePieceProcessor
-
-        self._backend = SentencePieceProcessor()
-        try:
-            self._backend.LoadFromSerializedProto(data)
-        except Exception as error:
-            raise DataError(f"{file}: not a sentencepiece model: {error}") from None
-        self.vocab_size = int(self._backend.vocab_size())
-        self.fingerprint = fingerprint
-        eos, bos = _named_ids(file.parent, self._piece_id, self.vocab_size)
-        self.eos_id = eos if eos is not None else self._own(self._backend.eos_id())
-        self.bos_id = bos if bos is not None else self._own(self._backend.bos_id())
-
-    def _piece_id(self, piece: str) -> int | None:
-        found = int(self._backend.PieceToId(piece))
-        return found if self._backend.IdToPiece(found) == piece else None
-
-    @staticmethod
-    def _own(token: int) -> int | None:
-        return token if token >= 0 else None  # sentencepiece says -1 for "none"
-
-    def encode(self, text: str) -> list[int]:
-        return list(self._backend.Encode(text))
-
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        return [list(self._backend.Encode(text)) for text in texts]
-
-    def decode(self, ids: Sequence[int]) -> str:
-        return str(self._backend.Decode(list(ids)))
+def _renamed(folder: Path, special: dict[str, int]) -> dict[str, int]:
+    """Special tokens by the names that tokenizer_config.json gives them: Llama-3.1 uses some reserved ones."""
+    decoder = _read_json(folder / "tokenizer_config.json").get("added_tokens_decoder")
+    names = {number: name for name, number in special.items()}
+    for number, token in decoder.items() if isinstance(decoder, dict) else ():
+        content = token.get("content") if isinstance(token, dict) else None
+        if number.isdecimal() and int(number) in names and isinstance(content, str) and content:
+            names[int(number)] = content
+    return {name: number for number, name in names.items()}
 
 
 def _named_ids(folder: Path, token_to_id: Any, vocab_size: int) -> tuple[int | None, int | None]:

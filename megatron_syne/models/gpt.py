@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from megatron_syne.config.arithmetic import resolved_deallocate_pipeline_outputs, resolved_overlap_p2p_comm
-from megatron_syne.config.schema import ModelConfig, RunConfig
+from megatron_syne.config.schema import DataConfig, ModelConfig, RunConfig
+from megatron_syne.errors import ConfigError
 from megatron_syne.models.config import padded_vocab_size
 from megatron_syne.models.family import completed
 from megatron_syne.models.rope import rotary_frequencies
@@ -81,6 +82,16 @@ def build_model(config: RunConfig, model: ModelConfig, platform: Platform) -> li
 
     parallel, model = config.parallel, completed(model)
     engine = engine_config(config, model, platform)
+    if (
+        config.data.reset_attention_mask
+        and engine.window_size is not None
+        and not platform.documents_in_windows
+    ):
+        raise ConfigError(
+            f"data.reset_attention_mask with model.window_size={model.window_size} does not run on the "
+            f"{platform.name} platform: the engine's softmax there puts the window's mask in place of the documents'; "
+            "give one of them up"
+        )
     layer, final_norm = platform.layer_spec()
     chunks: list[nn.Module] = []
     for chunk in range(parallel.virtual_pipeline_model_parallel_size or 1):
@@ -93,7 +104,7 @@ def build_model(config: RunConfig, model: ModelConfig, platform: Platform) -> li
             config=engine,
             transformer_layer_spec=spec,
             vocab_size=padded_vocab_size(model, parallel.tensor_model_parallel_size),
-            max_sequence_length=config.data.seq_length,
+            max_sequence_length=longest_sequence(config.data),
             pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
             post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
             share_embeddings_and_output_weights=bool(model.share_embeddings_and_output_weights),
@@ -108,6 +119,11 @@ def build_model(config: RunConfig, model: ModelConfig, platform: Platform) -> li
             module = Float16Module(engine, module)
         chunks.append(module)
     return chunks
+
+
+def longest_sequence(data: DataConfig) -> int:
+    """Tokens of the longest sample of any stage."""
+    return max([data.seq_length, *(stage.seq_length or 0 for stage in data.stages)])
 
 
 def unwrap(module: nn.Module) -> nn.Module:

@@ -46,7 +46,8 @@ class ConsoleProgress(Callback):
         text = (
             f"[{'=' * done}{' ' * (24 - done)}] {step}/{last}  loss {metrics['loss']:.4f}  "
             f"lr {metrics['learning_rate']:.2e}  grad {metrics['grad_norm']:.2f}  "
-            f"{metrics['tokens_per_second']:,.0f} tok/s  left {_clock(left)}"
+            f"{metrics['tokens_per_second']:,.0f} tok/s  data {metrics['data_share']:.2f} %  "
+            f"{_stage(trainer)}  left {_clock(left)}"
         )
         if terminal:
             self.stream.write(f"\r\x1b[K{text}" + ("\n" if step == last else ""))
@@ -67,6 +68,11 @@ class ConsoleProgress(Callback):
         lead = "\r\x1b[K" if self.stream.isatty() else ""
         self.stream.write(f"{lead}{text}\n")
         self.stream.flush()
+
+
+def _stage(trainer: Trainer) -> str:
+    """Name of the stage that the step's samples were of."""
+    return str(trainer.train_data.plan.segment_at(trainer.state.consumed_samples - 1).stage)
 
 
 def _clock(seconds: float) -> str:

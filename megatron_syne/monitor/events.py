@@ -20,10 +20,24 @@ _TAGS = {
     "tokens_per_second": "speed/tokens_per_second",
     "step_seconds": "speed/step_seconds",
     "data_seconds": "speed/data_seconds",
+    "data_share": "speed/data_share_percent",
     "peak_memory_bytes": "memory/peak_bytes",
     "consumed_tokens": "progress/consumed_tokens",
     "consumed_samples": "progress/consumed_samples",
 }
+
+
+def tokens_read(trainer: Trainer) -> dict[str, float]:
+    """``tokens/<source>``: tokens read of each source since the start of the run."""
+    consumed = trainer.train_data.consumed(trainer.state.consumed_samples)
+    return {f"tokens/{source}": float(tokens) for source, tokens in consumed.items()}
+
+
+def mixture_shares(trainer: Trainer) -> dict[str, float]:
+    """``mixture/<source>``: share of each source in the step just done."""
+    plan = trainer.train_data.plan
+    shares = plan.segment_at(trainer.state.consumed_samples - 1).shares
+    return {f"mixture/{source}": share for source, share in zip(plan.sources, shares, strict=True)}
 
 
 class TensorboardEvents(Callback):
@@ -42,8 +56,10 @@ class TensorboardEvents(Callback):
         self.writer.add_text("run", f"```\n{self.description}\n```", trainer.state.step)
 
     def on_step_end(self, trainer: Trainer, metrics: dict[str, float]) -> None:
-        """One scalar per metric."""
+        """One scalar per metric, and what was read of each source."""
         if trainer.state.step % trainer.config.monitor.log_interval == 0:
+            for name, value in (tokens_read(trainer) | mixture_shares(trainer)).items():
+                self.writer.add_scalar(name, value, trainer.state.step)
             for name, value in metrics.items():
                 self.writer.add_scalar(_TAGS.get(name, f"train/{name}"), value, trainer.state.step)
 
@@ -75,13 +91,14 @@ class MetricsLog(Callback):
 
     def on_train_start(self, trainer: Trainer) -> None:
         """Open for appending, after cutting off what is later than the state that was loaded."""
-        _drop_after(self.path, trainer.state.step)
+        _drop_after(self.path, trainer.state.step, trainer.state.evaluated_step)
         self.stream = self.path.open("a")
 
     def on_step_end(self, trainer: Trainer, metrics: dict[str, float]) -> None:
         """The step's metrics."""
         if trainer.state.step % trainer.config.monitor.log_interval == 0:
-            self._write({"step": trainer.state.step, **metrics, "loss_hex": metrics["loss"].hex()})
+            values = {**metrics, **tokens_read(trainer)}
+            self._write({"step": trainer.state.step, **values, "loss_hex": metrics["loss"].hex()})
 
     def on_evaluation(self, trainer: Trainer, losses: dict[str, float]) -> None:
         """The validation losses."""
@@ -98,14 +115,15 @@ class MetricsLog(Callback):
         self.stream.flush()
 
 
-def _drop_after(path: Path, step: int) -> None:
-    """Remove records of steps that a killed process did but no checkpoint kept, and a torn last line."""
+def _drop_after(path: Path, step: int, evaluated_step: int) -> None:
+    """Remove records of what a killed process did but no checkpoint kept, and a torn last line."""
     if not path.exists():
         return
     kept = []
     for line in path.read_text().splitlines():
         try:
-            if json.loads(line)["step"] <= step:
+            record = json.loads(line)
+            if record["step"] <= (evaluated_step if "validation" in record else step):
                 kept.append(line + "\n")
         except (ValueError, KeyError, TypeError):
             continue

@@ -46,12 +46,16 @@ def start_distributed(platform: Platform, info: RankInfo, timeout_seconds: int) 
 
 
 def _meet(address: str, port: int, info: RankInfo, timeout: datetime.timedelta) -> dist.Store:
-    """torch's TCPStore; on a loopback address it listens there alone (torch's own would on every interface)."""
+    """torch's TCPStore; on a loopback address it listens there alone (torch's own would on every interface).
+
+    Below torchrun its agent holds the store already, at this very address.
+    """
     listener = None
-    if info.rank == 0 and address in ("127.0.0.1", "localhost"):
+    hosts = info.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    if hosts and address in ("127.0.0.1", "localhost"):
         with socket.create_server(("127.0.0.1", port), backlog=2048) as server:
             listener = server.detach()
-    return dist.TCPStore(address, port, info.world_size, info.rank == 0, timeout, master_listen_fd=listener)
+    return dist.TCPStore(address, port, info.world_size, hosts, timeout, master_listen_fd=listener)
 
 
 def start_model_parallel(parallel: ParallelConfig, seed: int) -> None:

@@ -21,6 +21,11 @@ class Platform(ABC):
     backend: str
     """torch.distributed backend: ``gloo`` or ``nccl``."""
 
+    pins_memory = False
+    """Whether copies to the device are faster out of pinned memory."""
+    documents_in_windows = True
+    """Whether attention can be kept within documents and within a sliding window at once."""
+
     @property
     @abstractmethod
     def device(self) -> torch.device:
@@ -45,6 +50,13 @@ class Platform(ABC):
     @abstractmethod
     def describe(self) -> str:
         """One line for the log: device, versions, which optional packages are used and why."""
+
+    @abstractmethod
+    def document_attention(self, document_ids: torch.Tensor) -> tuple[torch.Tensor | None, Any]:
+        """What keeps attention within documents: (attention mask, megatron-core's ``PackedSeqParams``), one None.
+
+        ``document_ids`` [micro batch, seq], rising from document to document; both are causal.
+        """
 
     def to_device(self, batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Copy a batch to this rank's device (no copy where it is there already)."""

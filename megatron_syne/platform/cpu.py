@@ -189,6 +189,7 @@ class CpuPlatform(Platform):
 
     name = "cpu"
     backend = "gloo"
+    documents_in_windows = False  # the engine's softmax puts the window's mask in place of the one given
 
     @property
     def device(self) -> torch.device:
@@ -221,6 +222,13 @@ class CpuPlatform(Platform):
             "apply_rope_fusion": False,  # Transformer Engine's kernel
             "cross_entropy_loss_fusion": False,  # casts the gradient of the logits to bf16, also in fp32
         }
+
+    def document_attention(self, document_ids: torch.Tensor) -> tuple[torch.Tensor | None, Any]:
+        """A mask [micro batch, 1, seq, seq], True = not seen. The engine's softmax takes it in place of its own
+        causal one, so it holds that too."""
+        other = document_ids[:, :, None] != document_ids[:, None, :]
+        later = torch.ones(other.shape[1:], dtype=torch.bool).triu(diagonal=1)
+        return (other | later)[:, None], None
 
     def peak_memory(self) -> int:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

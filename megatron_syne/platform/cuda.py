@@ -7,6 +7,7 @@ failed, since megatron-core alone would quietly build its local layers instead.
 from __future__ import annotations
 
 import importlib
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -71,6 +72,7 @@ class CudaPlatform(Platform):
 
     name = "cuda"
     backend = "nccl"
+    pins_memory = True
 
     def __init__(self) -> None:
         self._device = torch.device("cuda", 0)
@@ -117,6 +119,34 @@ class CudaPlatform(Platform):
             "cross_entropy_fusion_impl": "native",
             **fp8_options(config.precision),
         }
+
+    def document_attention(self, document_ids: torch.Tensor) -> tuple[torch.Tensor | None, Any]:
+        """Transformer Engine's packed (THD) format: where each document begins, and the longest. Micro batch 1.
+
+        Not run on a GPU yet. ``document_ids`` are on the host (``to_device``), so nothing waits for the GPU.
+        """
+        from megatron.core.packed_seq_params import PackedSeqParams
+
+        if document_ids.shape[0] != 1:
+            raise ConfigError(
+                f"data.reset_attention_mask on CUDA needs train.micro_batch_size 1, found {document_ids.shape[0]}"
+            )
+        ids = document_ids[0].cpu()  # already there, unless DALI made them
+        lengths = torch.unique_consecutive(ids, return_counts=True)[1]
+        ends = torch.cat([torch.zeros(1, dtype=torch.int32), lengths.cumsum(0).to(torch.int32)])
+        begins, longest = ends.to(self._device, non_blocking=True), int(lengths.max())
+        return None, PackedSeqParams(
+            qkv_format="thd",
+            cu_seqlens_q=begins,
+            cu_seqlens_kv=begins,
+            max_seqlen_q=longest,
+            max_seqlen_kv=longest,
+        )
+
+    def to_device(self, batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """All but ``document_ids``, of which only the lengths are used, on the host."""
+        stay = {key: value for key, value in batch.items() if key == "document_ids"}
+        return {**super().to_device({key: batch[key] for key in batch if key not in stay}), **stay}
 
     def peak_memory(self) -> int:
         return torch.cuda.max_memory_allocated()

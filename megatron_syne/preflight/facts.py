@@ -46,12 +46,28 @@ class Facts:
 
     def at(self, key: str) -> str:
         """``key = value (run.yaml:12)``, for the start of a message."""
-        value = self.get(key)
+        return self.named(key, self.get(key))
+
+    def named(self, key: str, value: Any) -> str:
+        """As :meth:`at` for a value that a dotted key does not reach: in a free mapping or a list."""
         text = "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+        return f"{key} = {text} ({self.origin(key)})"
+
+    def origin(self, key: str) -> str:
+        """Where a value was given: ``run.yaml:12``, ``command line``, ``default`` or the model's own."""
         origin = config_origin(self.config, key)
         if origin == "default" and key.startswith("model."):
             origin = f"from {self.config.model.hf_path or self.config.model.preset or 'default'}"
-        return f"{key} = {text} ({origin})"
+        return origin
+
+    def seq_lengths(self) -> list[tuple[str, int]]:
+        """(key, tokens) of every sequence length that the run has."""
+        data = self.config.data
+        own = [(n, stage.seq_length) for n, stage in enumerate(data.stages) if not data.mock]
+        return [
+            ("data.seq_length", data.seq_length),
+            *((f"data.stages.{n}.seq_length", length) for n, length in own if length is not None),
+        ]
 
     def number(self, key: str) -> int:
         """A size of the model that must be known by now."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from importlib.util import find_spec
 from pathlib import Path
 
 from megatron_syne.config.arithmetic import (
@@ -10,16 +11,17 @@ from megatron_syne.config.arithmetic import (
     learning_rate,
     resolved_deallocate_pipeline_outputs,
     resolved_overlap_p2p_comm,
-    schedule_samples,
+    run_schedule,
 )
 from megatron_syne.config.loader import to_yaml
 from megatron_syne.config.schema import ModelConfig, ParallelConfig, RunConfig
-from megatron_syne.data.mixture import MixturePlan, plan_mixture, plan_table
-from megatron_syne.errors import SyneError
+from megatron_syne.data.mixture import plan_mixture
+from megatron_syne.data.plan import MixturePlan
+from megatron_syne.data.plan_report import plan_table
 from megatron_syne.models.config import padded_vocab_size
-from megatron_syne.models.json_file import read_json
 from megatron_syne.parallel.topology import coordinates, data_parallel_size, rank_grid, world_size_of
 from megatron_syne.preflight.facts import PlatformName
+from megatron_syne.preflight.manifests import source_token_counts
 from megatron_syne.preflight.size import model_parameters, stage_parameters
 
 FULL_GRID_RANKS = 64
@@ -43,9 +45,9 @@ def dry_run_report(
         ("choices", _choices(config.parallel, platform)),
         ("model", _model(model, config.parallel)),
         ("rank grid", _grid(config.parallel, model, world_size)),
-        ("batch", _batch(config, world_size)),
+        ("batch", _batch(config, world_size, plan)),
         ("tokens", _tokens(config, plan)),
-        ("learning rate", _learning_rate(config, plan.train_iters)),
+        ("learning rate", _learning_rate(config, plan)),
     ]
     found = notes(config, plan)
     if found:
@@ -54,18 +56,15 @@ def dry_run_report(
 
 
 def notes(config: RunConfig, plan: MixturePlan) -> list[str]:
-    """Settings that are allowed but do nothing in this run."""
+    """Settings that are allowed but do nothing in this run, and what else is good to know."""
     data, schedule, train = config.data, config.schedule, config.train
     found = []
     if data.mock:
         given = [name for name in ("sources", "stages") if getattr(data, name)]
         found += [f"data.{name} is not used: data.mock is on" for name in given]
     else:
-        unused = [
-            name
-            for name in plan.sources
-            if not any(stage.shares[plan.sources.index(name)] for stage in plan.stages)
-        ]
+        read = {name for stage in plan.asked for name, _ in stage.shares}
+        unused = [name for name in plan.sources if name not in read]
         found += [f"data.sources.{name} is not used: it stands in no mixture" for name in unused]
     if data.validation and train.eval_interval is None:
         found.append("data.validation is not used: train.eval_interval is not given")
@@ -73,30 +72,18 @@ def notes(config: RunConfig, plan: MixturePlan) -> list[str]:
         found.append(
             f"schedule.lr_wsd_decay_iters is not used: lr_decay_style is {schedule.lr_decay_style}, not WSD"
         )
+    if data.mock and data.reweighting:
+        found.append("data.reweighting is not used: data.mock is on")
+    if data.loader == "dali" and (find_spec("nvidia") is None or find_spec("nvidia.dali") is None):
+        found.append("data.loader is dali: NVIDIA DALI is not installed here; the nodes of the run need it")
+    if any(Path(config.run_dir, "checkpoints").glob("*")):
+        found.append(
+            f"the run in {config.run_dir} has begun: it goes on from its checkpoint with the rest of each budget; "
+            f"what is shown here is a run from the start"
+        )
     if config.checkpoint.save_interval is None:
         found.append("checkpoint.save_interval is not given: one checkpoint is written, at the end")
     return found
-
-
-def source_token_counts(config: RunConfig) -> tuple[dict[str, int], list[str]]:
-    """Tokens of each training source by its manifest ``<prefix>.json``, and a remark for each without one."""
-    counts: dict[str, int] = {}
-    remarks = []
-    for name, source in config.data.sources.items():
-        manifest = Path(source.path + ".json")
-        if not manifest.exists():
-            remarks.append(f"{name}: no manifest {manifest}; run tools/prepare_data.py for this source")
-            continue
-        try:
-            tokens = read_json(manifest).get("counts", {}).get("tokens")
-        except (SyneError, OSError, AttributeError) as error:
-            remarks.append(f"{name}: {error}")
-            continue
-        if isinstance(tokens, int) and not isinstance(tokens, bool):
-            counts[name] = tokens
-        else:
-            remarks.append(f"{name}: {manifest} has no counts.tokens")
-    return counts, remarks
 
 
 def _choices(parallel: ParallelConfig, platform: PlatformName) -> str:
@@ -135,12 +122,18 @@ def _grid(parallel: ParallelConfig, model: ModelConfig, world_size: int) -> str:
     return "\n".join([lines[0], *(lines[n + 1] for n in first), rest])
 
 
-def _batch(config: RunConfig, world_size: int) -> str:
+def _batch(config: RunConfig, world_size: int, plan: MixturePlan) -> str:
     batch = batch_arithmetic(config, data_parallel_size(config.parallel, world_size))
-    return (
-        f"global batch {batch.global_batch_size} samples = micro batch {batch.micro_batch_size} x DP "
-        f"{batch.data_parallel_size} x {batch.num_microbatches} micro-batches\n"
-        f"tokens per step: {batch.global_batch_size} x {batch.seq_length} = {batch.tokens_per_step:,}"
+    lengths = dict.fromkeys(segment.seq_length for segment in plan.segments)
+    return "\n".join(
+        [
+            f"global batch {batch.global_batch_size} samples = micro batch {batch.micro_batch_size} x DP "
+            f"{batch.data_parallel_size} x {batch.num_microbatches} micro-batches",
+            *(
+                f"tokens per step: {batch.global_batch_size} x {length} = {batch.global_batch_size * length:,}"
+                for length in lengths
+            ),
+        ]
     )
 
 
@@ -151,9 +144,9 @@ def _tokens(config: RunConfig, plan: MixturePlan) -> str:
     return "\n".join([plan_table(plan, counts), *remarks])
 
 
-def _learning_rate(config: RunConfig, iters: int) -> str:
-    samples, batch = schedule_samples(config, iters), config.train.global_batch_size
-    last = (iters - 1) * batch  # the last step is taken at the rate of the samples before it
+def _learning_rate(config: RunConfig, plan: MixturePlan) -> str:
+    samples, batch = run_schedule(config, plan), config.train.global_batch_size
+    last = (plan.train_iters - 1) * batch  # the last step is taken at the rate of the samples before it
     points = {"first step": 0}
     if samples.warmup:
         points["end of warm-up"] = samples.warmup

@@ -10,19 +10,16 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable, Iterator
-from math import prod
 
 from megatron_syne.config.arithmetic import (
     resolved_overlap_p2p_comm,
-    schedule_samples,
-    tokens_per_step,
+    run_schedule,
 )
-from megatron_syne.config.loader import config_origin
 from megatron_syne.config.schema import ModelConfig, RunConfig
 from megatron_syne.config.tree import one_error
-from megatron_syne.data.mixture import plan_mixture
 from megatron_syne.errors import ConfigError
 from megatron_syne.parallel.topology import chunk_layers, data_parallel_size
+from megatron_syne.preflight.data_rules import DATA_RULES, plan_or_none
 from megatron_syne.preflight.facts import Facts, PlatformName, nearest, nearest_multiples
 
 Problems = Iterator[str]
@@ -60,8 +57,10 @@ def sizes_are_positive(facts: Facts) -> Problems:
         if not 0 <= facts.get(key) < 1:
             yield f"{facts.at(key)} must be at least 0 and below 1"
     for n, stage in enumerate(facts.config.data.stages):
-        if stage.tokens < 1:
-            yield f"data.stages.{n}.tokens = {stage.tokens} (stage {stage.name!r}) must be at least 1"
+        for name in ("tokens", "seq_length"):
+            value = getattr(stage, name)
+            if value is not None and value < 1:
+                yield f"data.stages.{n}.{name} = {value} (stage {stage.name!r}) must be at least 1"
 
 
 def world_size_fits(facts: Facts) -> Problems:
@@ -109,18 +108,10 @@ def tensor_parallel_divides(facts: Facts) -> Problems:
         yield f"{facts.at(_TP)} {why}; nearest legal: {nearest(tp, legal)}"
 
 
-def sequence_parallel_fits(facts: Facts) -> Problems:
-    """SP cuts the sequence over TP ranks: it needs TP > 1 and a length that TP divides."""
-    tp, length = facts.config.parallel.tensor_model_parallel_size, facts.config.data.seq_length
-    if not facts.config.parallel.sequence_parallel:
-        return
-    if tp == 1:
+def sequence_parallel_needs_tensor_parallel(facts: Facts) -> Problems:
+    """SP cuts the sequence over TP ranks: it needs TP > 1 (and a length that TP divides: ``sequences_fit``)."""
+    if facts.config.parallel.sequence_parallel and facts.config.parallel.tensor_model_parallel_size == 1:
         yield f"{facts.at('parallel.sequence_parallel')} needs {_TP} > 1; it is 1: set sequence_parallel: false"
-    elif length % tp:
-        yield (
-            f"{facts.at('data.seq_length')} is not a multiple of {facts.at(_TP)}, which sequence_parallel "
-            f"needs; nearest legal: {nearest_multiples(length, tp)}"
-        )
 
 
 def layers_fit_stages(facts: Facts) -> Problems:
@@ -228,9 +219,9 @@ def fp8_dimensions_fit(facts: Facts) -> Problems:
         ("ffn_hidden_size / TP", facts.number("model.ffn_hidden_size")),
         ("num_attention_heads x kv_channels / TP", heads * size),
         ("(num_attention_heads + 2 x num_query_groups) x kv_channels / TP", (heads + 2 * groups) * size),
-        (
-            "seq_length x micro_batch_size",
-            tp * prod(map(facts.number, ("data.seq_length", "train.micro_batch_size"))),
+        *(
+            ("seq_length x micro_batch_size", tp * length * facts.number("train.micro_batch_size"))
+            for length in dict.fromkeys(length for _, length in facts.seq_lengths())
         ),
     ):
         if width % (16 * tp) and width % tp == 0:
@@ -238,45 +229,6 @@ def fp8_dimensions_fit(facts: Facts) -> Problems:
                 f"{facts.at('precision.fp8')}: {what} = {width // tp} must be a multiple of 16; "
                 f"nearest legal: {nearest_multiples(width // tp, 16)}"
             )
-
-
-def length_is_given(facts: Facts) -> Problems:
-    """The length comes from the stages or from ``train_iters``; where both are given they agree."""
-    data, train = facts.config.data, facts.config.train
-    if data.mock:
-        if train.train_iters is None:
-            yield f"train.train_iters: not given; {facts.at('data.mock')} has no token budget, so give it"
-    elif not data.stages:
-        yield "data.stages: not given; give at least one stage with its mixture, or data.mock: true"
-    elif train.train_iters is not None:
-        try:
-            counts = [stage.iterations for stage in plan_mixture(facts.config).stages]
-        except ConfigError:
-            return  # mixture_is_sound has said so
-        if train.train_iters != sum(counts):
-            terms = " + ".join(map(str, counts)) + " = " if len(counts) > 1 else ""
-            yield (
-                f"{facts.at('train.train_iters')} does not agree with the token budgets of data.stages: "
-                f"{terms}{sum(counts)} iterations of {tokens_per_step(facts.config)} tokens; set train_iters "
-                f"to {sum(counts)} or null (train.exit_interval stops earlier)"
-            )
-
-
-def mixture_is_sound(facts: Facts) -> Problems:
-    """Stages name sources that exist and shares that sum to 1."""
-    data = facts.config.data
-    if data.stages and not data.mock:
-        place = config_origin(facts.config, "data.stages")
-        for text in _of(lambda: plan_mixture(facts.config)):
-            yield f"{text} ({place})"
-
-
-def evaluation_has_data(facts: Facts) -> Problems:
-    """Evaluation needs a validation source."""
-    if facts.config.train.eval_interval is not None and not facts.config.data.validation:
-        yield (
-            f"{facts.at('train.eval_interval')} without data.validation: give a validation source or set it to null"
-        )
 
 
 def schedule_fits(facts: Facts) -> Problems:
@@ -292,11 +244,11 @@ def schedule_fits(facts: Facts) -> Problems:
             f"give one of them, set the other to null"
         )
         return
-    try:
-        iters = plan_mixture(facts.config).train_iters
-    except ConfigError:
-        return  # length_is_given or mixture_is_sound has said so
-    samples, batch = schedule_samples(facts.config, iters), facts.config.train.global_batch_size
+    plan = plan_or_none(facts)
+    if plan is None:
+        return
+    iters, batch = plan.train_iters, facts.config.train.global_batch_size
+    samples = run_schedule(facts.config, plan)
     end = "schedule.lr_decay_iters" if schedule.lr_decay_iters else "the length of the run"
     warmup = (
         "schedule.lr_warmup_iters" if schedule.lr_warmup_iters is not None else "schedule.lr_warmup_tokens"
@@ -318,13 +270,6 @@ def schedule_fits(facts: Facts) -> Problems:
             f"decay: the learning rate would drop from {rate.lr:g} to {rate.min_lr:g} at once; give "
             f"schedule.lr_wsd_decay_iters or set lr_decay_iters to null"
         )
-
-
-def sequence_fits_model(facts: Facts) -> Problems:
-    """Sequences are not longer than the model claims to handle."""
-    longest = facts.model.max_position_embeddings
-    if longest is not None and facts.config.data.seq_length > longest:
-        yield f"{facts.at('data.seq_length')} is greater than {facts.at('model.max_position_embeddings')}"
 
 
 def signals_exist(facts: Facts) -> Problems:
@@ -355,7 +300,7 @@ RULES: tuple[Rule, ...] = (
     world_size_fits,
     context_parallel_is_one,
     tensor_parallel_divides,
-    sequence_parallel_fits,
+    sequence_parallel_needs_tensor_parallel,
     layers_fit_stages,
     virtual_pipeline_needs_pipeline,
     batch_divides,
@@ -365,13 +310,10 @@ RULES: tuple[Rule, ...] = (
     param_gather_overlap_fits,
     fp8_can_run,
     fp8_dimensions_fit,
-    length_is_given,
-    mixture_is_sound,
-    evaluation_has_data,
     schedule_fits,
-    sequence_fits_model,
     signals_exist,
     start_is_outside_run,
+    *DATA_RULES,
 )
 
 AT_LEAST_ONE = (

@@ -154,7 +154,7 @@ def _data(run: RunFacts | None) -> str:
             stage.name if index == 0 else "",
             part.source,
             f"{100 * part.share:.4g} %",
-            f"{round(part.share * stage.trained_tokens):,}",
+            f"{part.tokens:,}",
         )
         for stage in run.stages
         for index, part in enumerate(stage.shares)
@@ -166,14 +166,13 @@ def _data(run: RunFacts | None) -> str:
     table = _table(("Stage", "Source", "Share", "Tokens"), rows)
     return (
         f"Stages, in the order they were trained:\n\n{stages}\n\n{table}\n\n"
-        f"Tokens of a source: its share of what was trained of the stage. What the sources hold beyond their "
-        f"names: {UNKNOWN}."
+        f"Tokens and shares as counted by the run. What the sources hold beyond their names: {UNKNOWN}."
     )
 
 
 def _procedure(run: RunFacts) -> list[tuple[str, str]]:
     config, adam = run.config, run.config.optimizer
-    planned = "" if run.planned_steps is None else f" of {run.planned_steps:,} planned"
+    planned = f" of {run.planned_steps:,} planned"
     clip = f", gradient norm clipped to {adam.clip_grad:g}" if adam.clip_grad else ""
     batch = f"{config.train.global_batch_size:,} sequences = {tokens_per_step(config):,} tokens"
     return [

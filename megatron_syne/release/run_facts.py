@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_syne.config.arithmetic import tokens_per_step
 from megatron_syne.config.loader import load_config
 from megatron_syne.config.schema import ParallelConfig, RunConfig
+from megatron_syne.data.mixture import MixturePlan
 from megatron_syne.errors import DataError, MissingInput
 from megatron_syne.models.json_file import read_json
 
@@ -30,7 +30,9 @@ class SourceShare:
 
     source: str
     share: float
-    """Of the stage's tokens; groups multiplied out."""
+    """Of the stage's tokens, as trained so far (as planned, where the stage has not begun)."""
+    tokens: int
+    """Trained so far."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ class RunFacts:
     """Of the process group that wrote the checkpoint."""
     stages: tuple[StageDone, ...]
     """Empty for a run on random tokens (``data.mock``)."""
-    planned_steps: int | None
+    planned_steps: int
     evaluation_step: int | None
     losses: Mapping[str, float]
     """Validation loss of each source at ``evaluation_step``."""
@@ -94,18 +96,16 @@ def read_run(run_dir: Path, checkpoint: Path) -> RunFacts:
     where = checkpoint / "state.json"
     raw = read_json(where)
     try:
-        step, samples, tokens = (
-            int(raw["state"][n]) for n in ("step", "consumed_samples", "consumed_tokens")
-        )
+        step, tokens = (int(raw["state"][n]) for n in ("step", "consumed_tokens"))
         parallel = ParallelConfig(**raw["layout"])
-    except (KeyError, TypeError, ValueError):
+        ledger = raw["data"]
+        plan = MixturePlan.from_dict(ledger["plan"], f"{where}: data.plan")
+        counters = {str(k): dict(v) for k, v in ledger["counters"].items()}
+        stages = () if config.data.mock else tuple(_stages(plan, counters))
+    except (KeyError, TypeError, ValueError, AttributeError):
         raise DataError(
-            f"{where}: expected state (step, consumed_samples, consumed_tokens) and layout"
+            f"{where}: expected state (step, consumed_tokens), layout and data (plan, counters)"
         ) from None
-    stages = tuple(_stages(config, samples))
-    planned = config.train.train_iters
-    if planned is None and stages:
-        planned = sum(stage.planned_tokens for stage in stages) // tokens_per_step(config)
     at, losses = _last_evaluation(run_dir / "metrics.jsonl", step)
     start = config.checkpoint.initialize_from
     return RunFacts(
@@ -114,7 +114,7 @@ def read_run(run_dir: Path, checkpoint: Path) -> RunFacts:
         consumed_tokens=tokens,
         parallel=parallel,
         stages=stages,
-        planned_steps=planned,
+        planned_steps=plan.train_iters,
         evaluation_step=at,
         losses=losses,
         origin=_certificate(Path(start)) if start else None,
@@ -122,26 +122,23 @@ def read_run(run_dir: Path, checkpoint: Path) -> RunFacts:
     )
 
 
-def _stages(config: RunConfig, consumed_samples: int) -> Iterator[StageDone]:
-    """A stage is a whole number of global batches, as ``data.mixture`` plans it."""
-    if config.data.mock:
-        return
-    left = consumed_samples * config.data.seq_length
-    for stage in config.data.stages:
-        step = tokens_per_step(config)
-        planned = -(-stage.tokens // step) * step
-        trained = min(left, planned)
-        left -= trained
-        shares = tuple(SourceShare(name, share) for name, share in _flat(stage.mixture, 1.0))
-        yield StageDone(stage.name, planned, trained, shares)
-
-
-def _flat(mixture: Mapping[str, Any], whole: float) -> Iterator[tuple[str, float]]:
-    for name, part in mixture.items():
-        if isinstance(part, Mapping):
-            yield from _flat(part["of"], whole * float(part["share"]))
+def _stages(plan: MixturePlan, counters: Mapping[str, Any]) -> Iterator[StageDone]:
+    """Each stage of the plan with what the ledger counted; only whole counts, so it also tells of changed shares."""
+    for stage in plan.stages:
+        done = {name: int(row["tokens"]) for name, row in counters.get(stage.name, {}).items()}
+        trained = sum(done.values())
+        if trained:
+            shares = {name: tokens / trained for name, tokens in done.items()}
         else:
-            yield name, whole * float(part)
+            last = [segment for segment in plan.segments if segment.stage == stage.name][-1:]
+            shares = {
+                name: share
+                for segment in last
+                for name, share in zip(plan.sources, segment.shares, strict=True)
+                if share
+            }
+        parts = tuple(SourceShare(name, share, done.get(name, 0)) for name, share in shares.items())
+        yield StageDone(stage.name, stage.tokens, trained, parts)
 
 
 def _last_evaluation(path: Path, step: int) -> tuple[int | None, dict[str, float]]:

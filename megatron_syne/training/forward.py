@@ -8,21 +8,33 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_syne.platform.base import Platform
+
 Batch = dict[str, torch.Tensor]
 
 
-def forward_step(batches: Iterator[Batch], model: Any) -> tuple[torch.Tensor, Any]:
+def forward_step(platform: Platform, batches: Iterator[Batch], model: Any) -> tuple[torch.Tensor, Any]:
     """Forward one micro-batch: ``tokens``, ``labels``, ``position_ids``, ``loss_mask``, each [micro_batch, seq].
 
-    Stages between the first and the last read the batch too and use nothing of it, so that all stay in step.
-    The causal mask is the engine's own (``attention_mask=None``).
+    Pipeline stages between the first and the last get empty micro-batches, so that all stay in step. The
+    causal mask is the engine's own, but where ``document_ids`` say that each document keeps to itself.
     """
     batch = next(batches)
-    output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
-    loss_mask = batch["loss_mask"]
+    mask, packed = None, None
+    if "document_ids" in batch:
+        mask, packed = platform.document_attention(batch["document_ids"])
+    output = model(
+        batch.get("tokens"),
+        batch.get("position_ids"),
+        mask,
+        labels=batch.get("labels"),
+        packed_seq_params=packed,
+    )
+    loss_mask = batch.get("loss_mask")
 
     def loss_func(losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Sum over tokens, number of tokens, and both as one tensor for the log ([2], float64)."""
+        """On the last stage: sum over tokens, number of tokens, and both as one tensor for the log ([2], float64)."""
+        assert loss_mask is not None
         mask = loss_mask.reshape(-1).float()
         total = torch.sum(losses.reshape(-1).float() * mask)
         count = mask.sum()

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from megatron_syne.config.arithmetic import schedule_samples
+from megatron_syne.config.arithmetic import RunLength, run_schedule
 from megatron_syne.config.schema import RunConfig
 from megatron_syne.models.gpt import DTYPES, unwrap
 
@@ -57,11 +57,11 @@ def build_optimizer(chunks: list[Any], config: RunConfig) -> Any:
     return get_megatron_optimizer(engine_options, chunks, use_gloo_process_groups=False)
 
 
-def build_scheduler(optimizer: Any, config: RunConfig, train_iters: int) -> Any:
-    """megatron-core's schedule, counted in samples, so that it does not depend on the batch size."""
+def build_scheduler(optimizer: Any, config: RunConfig, run: RunLength) -> Any:
+    """megatron-core's schedule over a plan of samples, counted in samples: the batch size may change on the way."""
     from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-    schedule, samples = config.schedule, schedule_samples(config, train_iters)
+    schedule, samples = config.schedule, run_schedule(config, run)
     return OptimizerParamScheduler(
         optimizer,
         init_lr=schedule.lr_warmup_init,

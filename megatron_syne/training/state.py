@@ -20,6 +20,8 @@ class TrainState:
     """Training samples consumed over all replicas."""
     consumed_tokens: int = 0
     """Training tokens predicted so far."""
+    evaluated_step: int = 0
+    """Step of the last evaluation: one that was due when the run was stopped is done first on resume."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -27,5 +29,6 @@ class TrainState:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> TrainState:
-        """Inverse of :meth:`to_dict`."""
+        """Inverse of :meth:`to_dict`; a state kept before ``evaluated_step`` was had no evaluation open."""
+        values = {"evaluated_step": values["step"], **values}
         return cls(**{name: int(values[name]) for name in cls.__dataclass_fields__})

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from megatron_syne.config.schema import ModelConfig, RunConfig
@@ -29,7 +30,7 @@ class Trainer:
     optimizer: Any
     scheduler: Any
     train_data: Any
-    """``global_batch(consumed_samples) -> list of micro-batches`` of this rank."""
+    """``global_batch(consumed_samples) -> list of micro-batches`` of this rank, and ``seq_length_at(sample)``."""
     validation_data: dict[str, Any]
     """The same for each validation source, with ``num_samples``."""
     train_iters: int
@@ -45,12 +46,13 @@ class Trainer:
         """Train until ``train_iters``, or until a callback of some rank asks to stop."""
         try:
             self.emit("on_train_start")
+            self.evaluate_if_due()  # the one that a stop left undone
             while self.state.step < self.train_iters and self.stop_reason is None:
                 self.emit("on_step_start")
                 metrics = self.train_step()
                 self.emit("on_step_end", metrics)
-                if self.evaluation_is_due():
-                    self.emit("on_evaluation", self.evaluate())
+                self.evaluate_if_due()
+                self.emit("on_step_boundary")
             self.emit("on_train_end")
         except BaseException as error:
             self.emit("on_exception", error)
@@ -60,13 +62,15 @@ class Trainer:
         """One optimizer step on the next global batch; returns its metrics, the same on every rank."""
         started = time.perf_counter()
         set_learning_rate(self.scheduler, self.state.consumed_samples)
+        asked = time.perf_counter()
         batches = self.train_data.global_batch(self.state.consumed_samples)
-        loaded = time.perf_counter()
+        data_seconds = time.perf_counter() - asked
 
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        sums = self.run_schedule(batches, forward_only=False)
+        seq_length = self.train_data.seq_length_at(self.state.consumed_samples)
+        sums = self.run_schedule(batches, seq_length, forward_only=False)
         updated, grad_norm, _ = self.optimizer.step()
         loss_sum, tokens, stop, refused = reduce_over_world(
             sums, [self.stop_requested, 0.0 if updated else 1.0], self.platform.device
@@ -86,7 +90,8 @@ class Trainer:
             "learning_rate": self.optimizer.param_groups[0]["lr"],
             "tokens_per_second": tokens / seconds,
             "step_seconds": seconds,
-            "data_seconds": loaded - started,
+            "data_seconds": data_seconds,
+            "data_share": 100.0 * data_seconds / seconds,
             "consumed_tokens": float(self.state.consumed_tokens),
             "consumed_samples": float(self.state.consumed_samples),
             "peak_memory_bytes": float(self.platform.peak_memory()),
@@ -100,29 +105,41 @@ class Trainer:
                 "checkpoint is untouched. Lower the learning rate, or look at this step's data"
             )
 
-    def run_schedule(self, batches: list[Batch], forward_only: bool) -> list[Any]:
+    def run_schedule(self, batches: list[Batch], seq_length: int, forward_only: bool) -> list[Any]:
         """megatron-core's schedule (none, 1F1B or interleaved) over one global batch of this rank."""
         from megatron.core.pipeline_parallel import get_forward_backward_func
 
         on_device = [self.platform.to_device(batch) for batch in batches]
         iterators = [iter(on_device) for _ in self.chunks]  # each chunk walks the same micro-batches
         result: list[Any] = get_forward_backward_func()(
-            forward_step_func=forward_step,
+            forward_step_func=partial(forward_step, self.platform),
             data_iterator=iterators if len(iterators) > 1 else iterators[0],
             model=self.chunks if len(self.chunks) > 1 else self.chunks[0],
             num_microbatches=len(batches),
-            seq_length=self.config.data.seq_length,
+            seq_length=seq_length,
             micro_batch_size=self.config.train.micro_batch_size,
             forward_only=forward_only,
         )
         return result
 
+    @property
+    def complete(self) -> bool:
+        """Whether nothing is left to do: all steps, and the evaluation after the last."""
+        return self.state.step >= self.train_iters and not self.evaluation_is_due()
+
     def evaluation_is_due(self) -> bool:
-        """Every ``eval_interval`` steps and at the end of training, but not with a scheduler waiting."""
-        interval = self.config.train.eval_interval
-        if interval is None or not self.validation_data or self.signalled:
+        """After every ``eval_interval`` steps and the last one, until it is done."""
+        interval, step = self.config.train.eval_interval, self.state.step
+        if interval is None or not self.validation_data or step == self.state.evaluated_step:
             return False
-        return self.state.step % interval == 0 or self.state.step == self.train_iters
+        return step % interval == 0 or step == self.train_iters
+
+    def evaluate_if_due(self) -> None:
+        """Evaluate and tell the callbacks, but not with a scheduler waiting: it is made up for on resume."""
+        if self.evaluation_is_due() and not self.signalled:
+            losses = self.evaluate()
+            self.state.evaluated_step = self.state.step
+            self.emit("on_evaluation", losses)
 
     def evaluate(self) -> dict[str, float]:
         """Mean loss in nats per token of each validation source, over its first ``eval_iters`` batches."""
@@ -136,7 +153,9 @@ class Trainer:
             for name, data in self.validation_data.items():
                 sums: list[Any] = []
                 for start in data.batch_starts(self.config.train.eval_iters):
-                    sums += self.run_schedule(data.global_batch(start), forward_only=True)
+                    sums += self.run_schedule(
+                        data.global_batch(start), data.seq_length_at(start), forward_only=True
+                    )
                 total, tokens = reduce_over_world(sums, [], self.platform.device)
                 losses[name] = total / max(tokens, 1.0)
         for chunk in self.chunks:

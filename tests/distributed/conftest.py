@@ -46,12 +46,22 @@ class Bench:
         """The YAML of the run."""
         return self.folder / "run.yaml"
 
-    def train(self, world_size: int, jobs: dict[str, list[str]]) -> dict[str, dict]:
-        """Train each named list of overrides, one after the other, in one world of ``world_size``."""
+    def train(
+        self, world_size: int, jobs: dict[str, list[str]], options: dict[str, dict] | None = None
+    ) -> dict[str, dict]:
+        """Train each named list of overrides, one after the other, in one world of ``world_size``.
+
+        ``options``: by name, what else ``worker.py`` knows of a job.
+        """
         where = self.folder / f"jobs_{len(list(self.folder.glob('jobs_*')))}"
         where.mkdir()
         listed = [
-            {"name": name, "config": str(self.config), "overrides": [f"run_dir={where / name}", *overrides]}
+            {
+                "name": name,
+                "config": str(self.config),
+                "overrides": [f"run_dir={where / name}", *overrides],
+                **(options or {}).get(name, {}),
+            }
             for name, overrides in jobs.items()
         ]
         (where / "jobs.json").write_text(json.dumps(listed))

@@ -188,10 +188,12 @@ class TestDamage:
         assert wait_ranks(ranks) == [77]
         assert "posix.system" in logs_of(ranks[0]) and not canary.exists()
 
-    def test_another_model_or_other_data_are_refused(self, bench: Bench, saved: Path, tmp_path: Path) -> None:
+    def test_another_model_or_another_past_are_refused(
+        self, bench: Bench, saved: Path, tmp_path: Path
+    ) -> None:
         for override, word in (
             ("model.rotary_base=10000", "rotary_base"),
-            ("data.stages.0.tokens=7168", "other data"),
+            ("train.seed=7", "train.seed: 1234 -> 7"),
         ):
             ranks = start_ranks(1, command(bench, saved, override))
             assert wait_ranks(ranks) == [64]

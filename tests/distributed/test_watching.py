@@ -48,11 +48,14 @@ def test_tensorboard_has_every_curve_without_gap_or_repeat(run: Path) -> None:
     found = scalars(run)
     for tag in (
         "train/loss", "train/grad_norm", "train/learning_rate", "speed/tokens_per_second",
-        "progress/consumed_tokens",
+        "progress/consumed_tokens", "speed/data_share_percent", "tokens/en", "mixture/en",
     ):  # fmt: skip
         assert [step for step, _ in found[tag]] == list(range(1, 21)), tag
         assert all(math.isfinite(value) for _, value in found[tag])
     assert found["progress/consumed_tokens"][-1][1] == 20 * 8 * 64
+    assert found["tokens/en"][-1][1] + found["tokens/zh"][-1][1] == 20 * 8 * 64
+    assert [value for _, value in found["mixture/en"]] == [0.75] * 12 + [0.5] * 8  # the two stages
+    assert all(0 <= value <= 100 for _, value in found["speed/data_share_percent"])
     rates = dict(found["train/learning_rate"])
     for step, rate in RATE.items():
         assert rates[step] == pytest.approx(rate, rel=1e-6)
@@ -95,7 +98,8 @@ def test_only_rank_0_shows_progress(bench: Bench, tmp_path: Path) -> None:
          "monitor.progress=true", "train.exit_interval=2"],
     )  # fmt: skip
     assert wait_ranks(ranks) == [75, 75]
-    assert "tok/s" in logs_of(ranks[0]) and "steps 0 -> 20" in logs_of(ranks[0])
+    text = logs_of(ranks[0])
+    assert "tok/s" in text and "steps 0 -> 20" in text and " %  one  left" in text
     assert logs_of(ranks[1]) == ""
 
 

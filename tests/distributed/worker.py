@@ -2,12 +2,14 @@
 
 Starting processes and importing torch costs more than twenty steps of a tiny model, so one world trains one
 layout after another, taking megatron-core's groups down in between. Rank 0 writes ``results.json`` beside the
-jobs: per job the losses (``float.hex``) and gradient norms of each step, and what megatron-core says of the
-layout.
+jobs: per job the losses (``float.hex``) and gradient norms of each step, the validation losses, and the plan
+and changes at the end. A job with ``stop_at`` is asked to stop during that step, as by a signal; one with
+``abandon_at`` ends after that step as a killed one does: nothing more is saved.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -31,10 +33,22 @@ def main() -> None:
     from megatron_syne.train import build_trainer
     from megatron_syne.training.callback import Callback
 
+    class Abandoned(Exception):
+        pass
+
     class Record(Callback):
-        def __init__(self) -> None:
+        def __init__(self, job) -> None:
+            self.job = job
             self.rows: list[dict[str, object]] = []
             self.validation: list[dict[str, float]] = []
+
+        def on_step_start(self, trainer) -> None:
+            if trainer.state.step + 1 == self.job.get("stop_at"):
+                trainer.stop_requested = 1.0
+
+        def on_step_boundary(self, trainer) -> None:
+            if trainer.state.step == self.job.get("abandon_at"):
+                raise Abandoned
 
         def on_step_end(self, trainer, metrics) -> None:
             self.rows.append({"loss": metrics["loss"].hex(), "grad_norm": metrics["grad_norm"]})
@@ -52,12 +66,19 @@ def main() -> None:
         model = resolve_model(config.model)
         check(config, model, info.world_size, "cpu")
         trainer = build_trainer(config, model, platform, info)
-        record = Record()
+        record = Record(job)
         trainer.callbacks = [*trainer.callbacks, record]
         first = trainer.state.step
-        trainer.fit()
+        with contextlib.suppress(Abandoned):
+            trainer.fit()
         trainer.train_data.close()
-        results[job["name"]] = {"first_step": first, "steps": record.rows, "validation": record.validation}
+        results[job["name"]] = {
+            "first_step": first,
+            "steps": record.rows,
+            "validation": record.validation,
+            "plan": trainer.train_data.plan.to_dict(),
+            "changes": trainer.train_data.changes,
+        }
         stop_model_parallel()
     stop_distributed()
     if info.rank == 0:

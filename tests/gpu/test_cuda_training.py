@@ -50,7 +50,7 @@ run_dir: run
 model: {{hf_path: {DEMO / "base_model"}}}
 data:
   seq_length: 256
-  sources: {{en: {{path: en}}}}
+  sources: {{en: {{path: en, max_epochs: .inf}}}}
   stages: [{{name: only, tokens: 81920, mixture: {{en: 1.0}}}}]
 optimizer: {{lr: 3.0e-4}}
 schedule: {{lr_decay_style: constant}}

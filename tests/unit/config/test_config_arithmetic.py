@@ -14,9 +14,18 @@ from megatron_syne.config.arithmetic import (
     learning_rate,
     resolved_deallocate_pipeline_outputs,
     resolved_overlap_p2p_comm,
-    schedule_samples,
+    run_schedule,
 )
-from megatron_syne.config.schema import ParallelConfig, RunConfig
+from megatron_syne.config.schema import (
+    DataConfig,
+    ParallelConfig,
+    RunConfig,
+    SourceConfig,
+    StageConfig,
+    TrainConfig,
+)
+from megatron_syne.data.ledger import make_ledger
+from megatron_syne.data.mixture import MixturePlan, plan_mixture, resume_plan
 
 
 def run(**fields: object) -> RunConfig:
@@ -27,6 +36,12 @@ def run(**fields: object) -> RunConfig:
         assert hasattr(getattr(config, section), name)
         setattr(getattr(config, section), name, value)
     return config
+
+
+def plan_of(config: RunConfig, iters: int) -> MixturePlan:
+    """A plan of so many iterations."""
+    config.data.mock, config.train.train_iters = True, iters
+    return plan_mixture(config)
 
 
 @settings(max_examples=200, deadline=None)
@@ -54,7 +69,7 @@ def test_learning_rate_is_megatron_cores(style, wsd_style, warmup, decay, wsd, s
         schedule__lr_wsd_decay_style=wsd_style,
         train__global_batch_size=4,
     )
-    samples = schedule_samples(config, iters=20)
+    samples = run_schedule(config, plan_of(config, 20))
     assert samples == ScheduleSamples(warmup * 4, decay * 4, min(wsd, decay - warmup) * 4)
     engine = OptimizerParamScheduler(
         types.SimpleNamespace(param_groups=[{}]),
@@ -85,8 +100,8 @@ def test_trainer_builds_the_same_schedule():
         schedule__lr_wsd_decay_iters=3,
         data__seq_length=64,
     )
-    engine = build_scheduler(types.SimpleNamespace(param_groups=[{}]), config, 12)
-    samples = schedule_samples(config, 12)
+    engine = build_scheduler(types.SimpleNamespace(param_groups=[{}]), config, plan_of(config, 12))
+    samples = run_schedule(config, plan_of(config, 12))
     assert samples.warmup == 16  # 1000 / 64 rounded up
     assert (samples.warmup, samples.decay, samples.wsd_decay) == (
         engine.lr_warmup_steps,
@@ -97,10 +112,31 @@ def test_trainer_builds_the_same_schedule():
 
 def test_wsd_without_final_decay_stays_at_the_peak():
     config = run(optimizer__lr=1e-5, schedule__lr_warmup_init=1e-7, schedule__lr_warmup_iters=5)
-    samples = schedule_samples(config, 20)
+    samples = run_schedule(config, plan_of(config, 20))
     rates = [learning_rate(config, samples, step * 8) for step in range(20)]
     assert rates[0] == 1e-7
     assert rates[5:] == [1e-5] * 15
+
+
+def test_schedule_over_stages_of_other_lengths_and_another_batch():
+    """A warm-up in tokens ends at the sample that holds them, whatever stages and batches it goes through."""
+    data = DataConfig(
+        seq_length=8,
+        sources={"a": SourceConfig("a")},
+        stages=[StageConfig("one", 64, {"a": 1.0}), StageConfig("two", 640, {"a": 1.0}, seq_length=32)],
+    )
+    config = RunConfig(data=data, train=TrainConfig(global_batch_size=4))
+    plan = plan_mixture(config)  # 2 iterations of 4 x 8 tokens, 5 of 4 x 32
+    config.schedule.lr_warmup_tokens = 64 + 33
+    config.schedule.lr_wsd_decay_iters = 2
+    assert run_schedule(config, plan) == ScheduleSamples(warmup=8 + 2, decay=28, wsd_decay=8)
+    config.schedule.lr_warmup_tokens, config.schedule.lr_warmup_iters = None, 3
+    config.schedule.lr_decay_iters = 5
+    assert run_schedule(config, plan) == ScheduleSamples(warmup=12, decay=20, wsd_decay=8)
+    config.train.global_batch_size = 8
+    changed, _ = resume_plan(config, make_ledger(plan, 8, {}), 8)
+    assert changed.train_iters == 2 + 3
+    assert run_schedule(config, changed) == ScheduleSamples(warmup=16, decay=32, wsd_decay=16)
 
 
 def test_batch_arithmetic():

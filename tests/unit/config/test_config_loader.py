@@ -218,7 +218,7 @@ def test_unknown_key_in_a_base_names_the_base(write):
             "optimizer: {lr: false}",
             "optimizer.lr: expected a finite number, found false (true/false) (run.yaml:2)",
         ),
-        ("optimizer: {lr: .inf}", "optimizer.lr: expected a finite number, found '.inf' (text) (run.yaml:2)"),
+        ("optimizer: {lr: .inf}", "optimizer.lr: expected a finite number, found inf (number) (run.yaml:2)"),
         ("optimizer: {lr: 1e999}", "optimizer.lr: expected a finite number, found inf (number) (run.yaml:2)"),
         ("data: {mock: yes}", "data.mock: expected true or false, found 'yes' (text) (run.yaml:2)"),
         ("data: {mock: 1}", "data.mock: expected true or false, found 1 (integer) (run.yaml:2)"),
@@ -437,3 +437,19 @@ def test_config_and_preflight_do_not_import_torch():
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"
+
+
+def test_the_infinite_number_is_for_epochs_alone(write, tmp_path):
+    config = load_config(
+        write("run_dir: x\ndata: {sources: {en: {path: en, max_epochs: .inf}, zh: {path: zh}}}\n")
+    )
+    assert config.data.sources["en"].max_epochs == float("inf") and config.data.sources["zh"].max_epochs == 1
+    save_resolved(config, tmp_path / "resolved.yaml")
+    assert "max_epochs: .inf\n" in (tmp_path / "resolved.yaml").read_text()
+    assert load_config(tmp_path / "resolved.yaml") == config
+    file = write("run_dir: x\ndata: {sources: {en: {path: en}}}\n")
+    assert load_config(file, ["data.sources.en.max_epochs=.inf"]).data.sources["en"].max_epochs == float(
+        "inf"
+    )
+    assert "expected a finite number" in message_of(file, "data.sources.en.top_fraction=.inf")
+    assert "expected a finite number, found '-.inf'" in message_of(file, "data.sources.en.max_epochs=-.inf")

@@ -30,7 +30,7 @@ def many_texts(count: int) -> list[str]:
 def write_tokens(prefix: Path, documents: list[np.ndarray], dtype: str = "<i4") -> IndexedReader:
     """Token files without a manifest."""
     prefix.parent.mkdir(parents=True, exist_ok=True)
-    with open(f"{prefix}.bin", "wb") as bin_stream, open(f"{prefix}.idx", "wb") as idx_stream:
+    with open(f"{prefix}.bin", "w+b") as bin_stream, open(f"{prefix}.idx", "w+b") as idx_stream:
         writer = IndexedWriter(bin_stream, idx_stream, np.dtype(dtype))
         for document in documents:
             writer.add(document, np.array([document.size]))

@@ -14,7 +14,9 @@ import torch
 from prepared import many_texts, write_jsonl
 
 from megatron_syne.config.schema import DataConfig, RunConfig, SourceConfig, StageConfig, TrainConfig
-from megatron_syne.data.dataset import MockDataset, StagedDataset
+from megatron_syne.data.batches import BatchBuilder, BatchForm
+from megatron_syne.data.dataset import MockDataset, Sample, StagedDataset
+from megatron_syne.data.indexed import IndexedReader
 from megatron_syne.data.loader import DataLoader, build_training_data, build_validation_data
 from megatron_syne.data.mixture import plan_mixture
 from megatron_syne.data.prepare import Job, prepare
@@ -33,11 +35,33 @@ class Numbered:
     def __len__(self) -> int:
         return self.count
 
-    def __getitem__(self, index: int) -> np.ndarray:
+    def __getitem__(self, index: int) -> Sample:
         if index == self.broken:
             raise DataError("sample is broken")
         self.read.append(index)
-        return np.full(5, index, dtype=np.int64)
+        return Sample(np.full(5, index, dtype=np.int64), np.zeros(0, dtype=np.int32), 4)
+
+    def seq_length_at(self, index: int) -> int:
+        return 4
+
+
+class Given:
+    """Samples as they are given."""
+
+    def __init__(self, *samples: tuple[list[int], list[int], int]) -> None:
+        self.samples = [
+            Sample(np.array(tokens), np.array(ends, dtype=np.int32), length)
+            for tokens, ends, length in samples
+        ]
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> Sample:
+        return self.samples[index]
+
+    def seq_length_at(self, index: int) -> int:
+        return len(self.samples[0].tokens) - 1
 
 
 def threads() -> int:
@@ -75,7 +99,7 @@ def test_what_a_micro_batch_holds() -> None:
         for a, b in zip(with_thread.global_batch(start), without.global_batch(start), strict=True):
             assert all(torch.equal(a[key], b[key]) for key in a)
         for number, batch in enumerate(without.global_batch(start)):
-            rows = np.stack([dataset[start + 3 * number + j] for j in range(3)])
+            rows = np.stack([dataset[start + 3 * number + j].tokens for j in range(3)])
             assert torch.equal(batch["tokens"], torch.from_numpy(rows[:, :-1]))
             assert torch.equal(batch["labels"], torch.from_numpy(rows[:, 1:]))
             assert torch.equal(batch["position_ids"], torch.arange(8).expand(3, 8))
@@ -209,7 +233,7 @@ def test_every_layout_reads_exactly_the_plan(config: RunConfig) -> None:
     dataset = loader.dataset
     assert isinstance(dataset, StagedDataset)
     expected = {
-        start: sorted(dataset[n].tobytes() for n in range(start, start + BATCH)) for start in with_one
+        start: sorted(dataset[n].tokens.tobytes() for n in range(start, start + BATCH)) for start in with_one
     }
     assert with_one == expected
     for dp, micro in ((2, 1), (2, 3), (3, 2), (4, 3), (12, 1)):
@@ -221,17 +245,78 @@ def test_validation_batches_cover_the_source_once(config: RunConfig) -> None:
     tokens = 0
     for start in ranks[0].batch_starts():
         tokens += sum(int(b["loss_mask"].sum()) for rank in ranks for b in rank.global_batch(start))
-    assert tokens == ranks[0].num_samples * 32
+    assert tokens == IndexedReader(config.data.validation["v"].path).num_tokens - 1
     assert ranks[0].num_samples % BATCH  # the case in point: a last batch that is not full
 
 
-def test_fingerprint_follows_the_data(config: RunConfig, tmp_path: Path, tokenizer_dir: Path) -> None:
+def test_a_new_plan_takes_over_at_its_sample(config: RunConfig) -> None:
     plan = plan_mixture(config)
-    before = build_training_data(config, plan, 320, 0, 1).fingerprint
-    assert before == build_training_data(config, plan, 320, 1, 2).fingerprint
-    source = write_jsonl(tmp_path / "b.jsonl", many_texts(61))
-    prepare(Job([source], tokenizer_dir, tmp_path / "b", overwrite=True))
-    assert build_training_data(config, plan, 320, 0, 1).fingerprint != before
+    loader = build_training_data(config, plan, 320, 0, 1)
+    before = [first_tokens(loader.global_batch(start)) for start in (0, 12)]
+    loader.replace_plan(plan.with_shares(12, {"a": 0.25, "b": 0.75}, "a test"))
+    assert loader.plan.segment_at(12).reason == "a test"
+    after = [first_tokens(loader.global_batch(start)) for start in (0, 12)]
+    assert after[0] == before[0] and after[1] != before[1]  # also the batch that was made ahead is made again
+    assert loader.consumed(24) == {"a": (9 + 3) * 32, "b": (3 + 9) * 32, "unused": 0}
+    assert loader.ledger(24)["counters"]["one"]["b"]["samples"] == 12
+    loader.close()
+
+
+def test_a_stage_with_another_sequence_length(config: RunConfig) -> None:
+    config.data.stages[1].seq_length = 16
+    loader = build_training_data(config, plan_mixture(config), 320, 0, 2)
+    for start in loader.batch_starts():
+        expected = 32 if start < 48 else 16
+        assert loader.seq_length_at(start) == expected
+        assert {b["labels"].shape for b in loader.global_batch(start)} == {(2, expected)}
+    loader.close()
+
+
+# --- boundaries of documents -------------------------------------------------------------------------------
+
+EOD = 99
+
+
+@pytest.mark.parametrize("position", [False, True])
+@pytest.mark.parametrize("loss", [False, True])
+def test_boundaries_as_megatron_core_has_them(position: bool, loss: bool) -> None:
+    """Judged by what the engine's own data set makes of the same tokens."""
+    from megatron.core.datasets.gpt_dataset import _get_ltor_masks_and_position_ids
+
+    rng = np.random.default_rng(3)
+    for _ in range(20):
+        tokens = rng.integers(0, 9, 25)
+        tokens[rng.integers(0, 25, 4)] = EOD
+        if rng.random() < 0.5:
+            tokens[[0, 23]] = EOD  # at the very begin, and where only the next sample goes on
+        dataset = Given((tokens.tolist(), np.flatnonzero(tokens[:-1] == EOD).tolist(), 24))
+        found = BatchBuilder(dataset, 1, 1, form=BatchForm(True, position, loss)).micro_batch(0)
+        attention, loss_mask, positions = _get_ltor_masks_and_position_ids(
+            torch.from_numpy(tokens[:-1]), EOD, position, True, loss, True
+        )
+        assert torch.equal(torch.from_numpy(found["position_ids"][0]), positions)
+        assert torch.equal(torch.from_numpy(found["loss_mask"][0]), loss_mask)
+        ids = torch.from_numpy(found["document_ids"][0])
+        later = torch.ones(24, 24, dtype=torch.bool).triu(1)
+        assert torch.equal((ids[:, None] != ids[None, :]) | later, attention[0])
+
+
+def test_padding_and_cut_pieces() -> None:
+    """Two pieces of 3 and 2 tokens in a sample of 8: the rest is of no document and weighs nothing."""
+    dataset = Given(([1, 2, 3, 4, 5, 0, 0, 0, 0], [2, 4], 4))
+    batch = BatchBuilder(dataset, 1, 1, form=BatchForm(True, True, True)).micro_batch(0)
+    assert batch["document_ids"].tolist() == [[0, 0, 0, 1, 1, 2, 2, 2]]
+    assert batch["loss_mask"].tolist() == [[1, 1, 0, 1, 0, 0, 0, 0]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1, 0, 1, 2]]
+    plain = BatchBuilder(dataset, 1, 1).micro_batch(0)
+    assert plain["loss_mask"].tolist() == [[1, 1, 1, 1, 0, 0, 0, 0]] and "document_ids" not in plain
+
+
+def test_a_rank_that_needs_no_tokens_reads_none() -> None:
+    dataset = Numbered(48)
+    loader = DataLoader(dataset, 2, BATCH, 1, 2, reads=False)
+    assert loader.global_batch(12) == [{}, {}, {}] and loader.seq_length_at(12) == 4
+    assert dataset.read == [] and threads() == 0
 
 
 def refused(config: RunConfig, vocab_size: int, error: type[Exception], *parts: str) -> None:
@@ -262,4 +347,26 @@ def test_mock(config: RunConfig) -> None:
     assert loader.num_samples == 3 * BATCH
     assert max(int(b["tokens"].max()) for b in loader.global_batch(24)) < 50
     assert build_validation_data(config, 50, 0, 2) == {}
+    loader.close()
+
+
+def test_best_fit_weighs_what_has_a_next_token_in_its_document(config: RunConfig) -> None:
+    """Whole documents in padded samples: padding and a document's last token predict nothing."""
+    config.data.packing, config.data.stages = "best_fit", [StageConfig("one", 1536, {"a": 1.0})]
+    config.data.reset_attention_mask = config.data.eod_mask_loss = True
+    loader = build_training_data(config, plan_mixture(config), 320, 0, 1)
+    dataset = loader.dataset
+    assert isinstance(dataset, StagedDataset)
+    length_of = dataset.streams["a"].documents.reader.document_length
+    for start in loader.batch_starts():
+        batches = loader.global_batch(start)
+        rows = [(batch, row) for batch in batches for row in range(2)]
+        for index, (batch, row) in enumerate(rows, start):
+            ranges = dataset.where(index).ranges
+            used = sum(stop - first for _, first, stop in ranges)
+            ids = batch["document_ids"][row]
+            assert len(set(ids[:used].tolist())) == len(ranges)  # one id for each document or piece
+            finished = sum(stop == length_of(document) for document, _, stop in ranges)
+            assert int(batch["loss_mask"][row].sum()) == used - finished
+            assert not batch["loss_mask"][row, used:].any()
     loader.close()

@@ -1,14 +1,18 @@
 from __future__ import annotations
 
+import hashlib
+import io
 import json
+import os
 import struct
 from pathlib import Path
 
 import numpy as np
 import pytest
 from prepared import many_texts, random_documents, write_jsonl, write_tokens
+from token_sources import write_source
 
-from megatron_syne.data.indexed import IndexedReader, token_dtype
+from megatron_syne.data.indexed import IndexedReader, IndexedWriter, token_dtype
 from megatron_syne.data.prepare import Job, prepare
 from megatron_syne.errors import DataError, MissingInput
 
@@ -189,3 +193,63 @@ def test_a_manifest_that_is_no_json(prefix: Path, text: str) -> None:
     Path(f"{prefix}.json").write_bytes(text.encode("latin-1"))
     with pytest.raises(DataError, match=r"x\.json"):
         IndexedReader(prefix)
+
+
+def test_a_bin_cut_short_after_it_was_opened_is_an_error_and_no_signal(prefix: Path) -> None:
+    reader = IndexedReader(prefix)
+    last = reader.num_documents - 1
+    assert reader.document(last).size
+    os.truncate(f"{prefix}.bin", 100)
+    with pytest.raises(DataError, match=r"x\.bin: ends at byte \d+; cut short since it was opened"):
+        reader.document(last)
+
+
+def test_more_tokens_than_32_bits_count(tmp_path: Path) -> None:
+    lengths = np.full(4, 2**30 + 5, dtype=np.int32)
+    total = int(lengths.sum(dtype=np.int64))
+    with open(tmp_path / "x.idx", "w+b") as stream:
+        writer = IndexedWriter(io.BytesIO(), stream, np.dtype("<u2"))
+        writer.add_lengths(lengths)
+        writer.tokens = total
+        writer.finish()
+    with open(tmp_path / "x.bin", "wb") as stream:
+        stream.truncate(2 * total)  # sparse: takes no space
+        stream.seek(2 * (total - 3))
+        stream.write(np.array([7, 8, 9], "<u2").tobytes())
+    reader = IndexedReader(tmp_path / "x", require_manifest=False)
+    assert reader.num_tokens == total > 2**32 and reader.document_start(3) == 3 * (2**30 + 5)
+    assert reader.read(total - 5, 5).tolist() == [0, 0, 7, 8, 9]
+
+
+def test_numbers_kept_with_the_documents(tmp_path: Path) -> None:
+    prefix = write_source(tmp_path / "x", [np.arange(3), np.arange(3)], {"score": [2.5, -1.0]})
+    assert IndexedReader(prefix).field("score").tolist() == [2.5, -1.0]
+    for name in ("other", "../score", ""):
+        with pytest.raises(DataError, match=r"no number .* \(kept: score\); prepare it again with --keep"):
+            IndexedReader(prefix).field(name)
+    for values in ([2.5], [2.5, float("nan")]):
+        with pytest.raises(DataError, match=r"one number .* for each of 2 documents"):
+            IndexedReader(write_source(tmp_path / "y", [np.arange(3)] * 2, {"score": values})).field("score")
+    rewrite(Path(f"{prefix}.score.npy"), 130, b"X")
+    with pytest.raises(DataError, match=r"x\.score\.npy: SHA-256"):
+        IndexedReader(prefix).field("score")
+    Path(f"{prefix}.score.npy").unlink()
+    with pytest.raises(MissingInput, match=r"x\.score\.npy"):
+        IndexedReader(prefix).field("score")
+
+
+def test_a_field_that_would_run_code_is_not_loaded(tmp_path: Path) -> None:
+    prefix = write_source(tmp_path / "x", [np.arange(3)], {"score": [1.0]})
+    np.save(f"{prefix}.score.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
+    data = Path(f"{prefix}.score.npy").read_bytes()
+    manifest = json.loads(Path(f"{prefix}.json").read_text())
+    manifest["fields"]["score"]["sha256"] = hashlib.sha256(data).hexdigest()
+    Path(f"{prefix}.json").write_text(json.dumps(manifest))
+    with pytest.raises(DataError, match=r"x\.score\.npy"):
+        IndexedReader(prefix).field("score")
+
+
+def test_negative_tokens_of_another_tool(tmp_path: Path) -> None:
+    reader = write_tokens(tmp_path / "x", [np.array([1, 2]), np.array([3, -4])])
+    with pytest.raises(DataError, match="negative token id"):
+        reader.check_vocab(100)

@@ -1,19 +1,16 @@
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 from pathlib import Path
 
 import pytest
 
-from megatron_syne.data.jsonl import BadLine, Line, SourceFile, text_of
-from megatron_syne.errors import DataError, MissingInput
+from megatron_syne.data.inputs import open_input
+from megatron_syne.data.jsonl import BadLine, Line, number_in, record_of, text_of
 
 
-def read(path: Path, **options: int) -> list[str | BadLine | None]:
+def read(path: Path) -> list[str | BadLine | None]:
     out: list[str | BadLine | None] = []
-    for chunk in SourceFile(path, **options).chunks():
+    for chunk in open_input(path).chunks():
         for line in chunk:
             try:
                 out.append(text_of(line, "text"))
@@ -80,57 +77,40 @@ def test_a_file_cut_anywhere_in_its_last_line_says_so(tmp_path: Path, keep: int)
     assert len(GOOD) <= bad.byte <= len(GOOD) + keep
 
 
-def test_chunks_change_nothing_and_the_digest_is_of_the_file(tmp_path: Path) -> None:
-    file = tmp_path / "a.jsonl"
-    file.write_text("".join(json.dumps({"text": "x" * (n % 97)}) + "\n" for n in range(500)))
-    data = file.read_bytes()
-    seen = []
-    for size in (1, 100, 5000, 1 << 20):
-        source = SourceFile(file, chunk_bytes=size)
-        seen.append([line for chunk in source.chunks() for line in chunk])
-        assert (source.size, source.sha256) == (len(data), hashlib.sha256(data).hexdigest())
-    assert all(one == seen[0] for one in seen)
-    assert all(data[line.offset : line.offset + line.length] == line.raw for line in seen[0])
-    assert [line.number for line in seen[0]] == list(range(1, 501))
-
-
-def test_a_line_over_the_limit_is_not_kept_in_memory(tmp_path: Path) -> None:
-    file = tmp_path / "a.jsonl"
-    file.write_bytes(GOOD + b'{"text": "' + b"x" * 200_000 + b'"}\n' + GOOD)
-    good, bad, last = read(file, max_line_bytes=5000, chunk_bytes=4096)
-    assert (good, last) == ("good", "good")
-    assert isinstance(bad, BadLine) and "200013 bytes is longer than the limit" in bad.reason
-    long = [line for chunk in SourceFile(file, max_line_bytes=5000).chunks() for line in chunk][1]
-    assert isinstance(long, Line) and len(long.raw) <= 1024
-
-
 @pytest.mark.parametrize(
-    ("start", "what"),
-    [(b"\x1f\x8b\x08", "gzip"), (b"\x28\xb5\x2f\xfd", "zstd"), ("{}".encode("utf-16"), "UTF-16")],
+    ("value", "expected"),
+    [
+        ("1.5", 1.5),
+        ("7", 7.0),
+        ("-0", 0.0),
+        ('"7"', "must be a number, found string"),
+        ("null", "must be a number, found null"),
+        ("true", "must be a number, found boolean"),
+        ("NaN", "finite number, found nan"),
+        ("-Infinity", "finite number, found -inf"),
+        ("1e999", "finite number, found inf"),
+        ("1" * 400, "finite number, found inf"),
+    ],
 )
-def test_compressed_and_utf16_files_are_recognised(tmp_path: Path, start: bytes, what: str) -> None:
-    file = tmp_path / "a.jsonl"
-    file.write_bytes(start + b"\n")
-    with pytest.raises(DataError, match=what):
-        read(file)
+def test_a_number_is_a_finite_number(value: str, expected: float | str) -> None:
+    raw = f'{{"ppl": {value}}}'.encode()
+    line = Line(3, 70, raw, len(raw))
+    record = record_of(line)
+    assert record is not None
+    if isinstance(expected, float):
+        assert number_in(record, "ppl", line) == expected
+    else:
+        with pytest.raises(BadLine, match=expected) as caught:
+            number_in(record, "ppl", line)
+        assert caught.value.byte == 70
+    with pytest.raises(BadLine, match="no field 'loss'; fields here: ppl"):
+        number_in(record, "loss", line)
 
 
-def test_what_is_not_a_readable_file(tmp_path: Path) -> None:
-    with pytest.raises(MissingInput, match="no such file"):
-        SourceFile(tmp_path / "absent.jsonl")
-    with pytest.raises(DataError, match="not a regular file"):
-        SourceFile(tmp_path)
-    os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(DataError, match="not a regular file"):
-        SourceFile(tmp_path / "pipe")
-
-
-def test_a_file_that_grows_while_it_is_read_is_refused(tmp_path: Path) -> None:
-    file = tmp_path / "a.jsonl"
-    file.write_bytes(GOOD * 10)
-    chunks = SourceFile(file, chunk_bytes=1).chunks()
-    next(chunks)
-    with open(file, "ab") as stream:
-        stream.write(GOOD)
-    with pytest.raises(DataError, match="changed while it was read"):
-        list(chunks)
+def test_a_byte_order_mark_is_one_only_at_the_start_of_the_file() -> None:
+    raw = "\ufeff{}\n".encode()
+    assert record_of(Line(1, 0, raw, len(raw))) == {}
+    with pytest.raises(
+        BadLine, match="invalid JSON"
+    ):  # the first line that a shard reads is not the file's first
+        record_of(Line(1, 10, raw, len(raw)))

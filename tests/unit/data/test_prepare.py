@@ -19,7 +19,7 @@ from prepared import TEXTS, many_texts, write_jsonl
 from megatron_syne.data import prepare as room
 from megatron_syne.data.atomic import Outputs
 from megatron_syne.data.indexed import IndexedReader
-from megatron_syne.data.jsonl import SourceFile
+from megatron_syne.data.inputs import open_input
 from megatron_syne.data.prepare import Job, prepare
 from megatron_syne.data.tokenizer import load_tokenizer
 from megatron_syne.errors import CannotCreate, ConfigError, DataError, MissingInput, SecurityRefusal
@@ -51,6 +51,7 @@ def test_documents_tokens_and_manifest(tmp_path: Path, out: Path, tokenizer_dir:
     counts = manifest["counts"]
     assert counts["dropped"] == {"blank": 1, "empty": 2, "malformed": 0, "too_short": 1}
     assert (counts["lines"], counts["documents"], counts["tokens"]) == (7, 3, reader.num_tokens)
+    assert counts["bytes"] == sum(len(text.encode()) for text in kept)
     assert adds_up(counts)
     assert manifest["max_token_id"] == max(max(tokenizer.encode(text)) for text in kept)
     assert manifest["dtype"] == "uint16"
@@ -81,7 +82,7 @@ def test_same_bytes_for_any_number_of_workers(
     job = {"inputs": [source], "tokenizer": tokenizer_dir, "valid_fraction": 0.1}
     prepare(Job(**job, output_prefix=out / "one" / "x", valid_prefix=out / "one" / "v"))
     monkeypatch.setattr(room, "_BYTES_PER_WORKER", 1)
-    monkeypatch.setattr(room, "SourceFile", partial(SourceFile, chunk_bytes=1 << 14))
+    monkeypatch.setattr(room, "open_input", partial(open_input, block_bytes=1 << 14))
     prepare(Job(**job, output_prefix=out / "two" / "x", valid_prefix=out / "two" / "v", workers=2))
     assert files(out / "one") == files(out / "two")
 
@@ -374,6 +375,6 @@ def test_real_corpora_with_two_real_tokenizers(shared_data: Path, out: Path) -> 
         reader.check_vocab(tokenizer.vocab_size)
         assert reader.dtype == dtype
         assert manifest["counts"]["lines"] == 3001 and adds_up(manifest["counts"])
-        assert bool(np.all(reader._tokens[reader.document_starts[1:] - 1] == tokenizer.eos_id))
+        assert all(reader.document(n)[-1] == tokenizer.eos_id for n in range(reader.num_documents))
         first = json.loads(source.read_text("utf-8").splitlines()[0])["text"]
         assert tokenizer.decode(reader.document(0)[:-1].tolist()) == first

@@ -2,22 +2,20 @@ from __future__ import annotations
 
 import hashlib
 import json
+import pickle
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 from prepared import TEXTS
 
-from megatron_syne.data.tokenizer import load_tokenizer, tokenizer_fingerprint
+from megatron_syne.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_fingerprint
 from megatron_syne.errors import DataError, MissingInput
 
 
-def corpus_texts(shared_data: Path, count: int) -> list[str]:
-    texts = []
-    for name in ("book-cn", "book-en", "math-en"):
-        with open(shared_data / "corpus" / f"{name}.jsonl", encoding="utf-8") as lines:
-            texts += [json.loads(line)["text"] for line, _ in zip(lines, range(count), strict=False)]
-    return texts
+def batch(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
+    return [ids.tolist() for ids in tokenizer.encode_batch(texts)]
 
 
 def test_round_trip_and_no_special_tokens(tokenizer_dir: Path) -> None:
@@ -27,7 +25,7 @@ def test_round_trip_and_no_special_tokens(tokenizer_dir: Path) -> None:
         ids = tokenizer.encode(text)
         assert tokenizer.decode(ids) == text
         assert not {0, 1} & set(ids) and max(ids) < tokenizer.vocab_size
-    assert tokenizer.encode_batch(TEXTS) == [tokenizer.encode(text) for text in TEXTS]
+    assert batch(tokenizer, TEXTS) == [tokenizer.encode(text) for text in TEXTS]
 
 
 def test_a_document_cannot_forge_an_end_of_text(tokenizer_dir: Path) -> None:
@@ -44,7 +42,7 @@ def test_truncation_and_padding_in_the_file_are_ignored(tokenizer_dir: Path, tmp
     backend.enable_truncation(4)
     backend.enable_padding(length=4)
     backend.save(str(tmp_path / "tokenizer.json"))
-    assert load_tokenizer(tmp_path).encode_batch(TEXTS) == load_tokenizer(tokenizer_dir).encode_batch(TEXTS)
+    assert batch(load_tokenizer(tmp_path), TEXTS) == batch(load_tokenizer(tokenizer_dir), TEXTS)
 
 
 def test_folder_or_file_and_fingerprint(tokenizer_dir: Path) -> None:
@@ -101,31 +99,46 @@ def test_missing_and_damaged_models(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.model").write_bytes(b"\x00\x01 rubbish")
     with pytest.raises(DataError, match="not a sentencepiece model"):
         load_tokenizer(tmp_path)
-    (tmp_path / "tokenizer.model").write_bytes(b"IQ== 0\nIg== 1\n")
-    with pytest.raises(DataError, match=r"tiktoken.*tokenizer\.json"):
-        load_tokenizer(tmp_path)
 
 
-def test_sentencepiece_equals_transformers(shared_data: Path) -> None:
-    from transformers import LlamaTokenizer
+def every_kind(tokenizer_dir: Path, shared_data: Path) -> list[Tokenizer]:
+    tree = json.loads((tokenizer_dir / "tokenizer.json").read_text())
+    tree["normalizer"] = {"type": "NFC"}
+    other = tokenizer_dir / "normalised"
+    other.mkdir(exist_ok=True)
+    (other / "tokenizer.json").write_text(json.dumps(tree))
+    (other / "config.json").write_text(json.dumps({"eos_token_id": 0, "bos_token_id": 1}))
+    folders = (tokenizer_dir, other, shared_data / "llama3-tokenizer" / "tokenizer.model")
+    return [load_tokenizer(path) for path in (*folders, shared_data / "stories260k")]
 
-    folder = shared_data / "stories260k"
-    ours = load_tokenizer(folder)
-    assert (ours.kind, ours.vocab_size, ours.bos_id, ours.eos_id) == ("sentencepiece", 512, 1, 2)
-    theirs = LlamaTokenizer.from_pretrained(str(folder))
-    for text in [*TEXTS, *corpus_texts(shared_data, 20), "one </s> two"]:
-        expected = theirs(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-        assert ours.encode(text) == expected
+
+def test_every_kind_keeps_to_the_interface(tokenizer_dir: Path, shared_data: Path) -> None:
+    kinds = every_kind(tokenizer_dir, shared_data)
+    assert [(one.kind, one.library) for one in kinds] == [
+        ("tokenizers", "tiktoken"),
+        ("tokenizers", "tokenizers"),
+        ("tiktoken", "tiktoken"),
+        ("sentencepiece", "sentencepiece"),
+    ]
+    names = ["<eos>", "<eos>", "<|end_of_text|>", "</s>"]
+    for one, name in zip(kinds, names, strict=True):
+        arrays = one.encode_batch([*TEXTS, ""])
+        assert [ids.tolist() for ids in arrays] == [one.encode(text) for text in [*TEXTS, ""]]
+        assert arrays[-1].size == 0
+        assert {ids.dtype for ids in arrays} == {np.dtype(np.uint16 if one.vocab_size < 65500 else np.int32)}
+        assert one.token_id(name) == one.eos_id and one.token_id("no such token") is None
+        assert one.decode(arrays[0]) == one.decode(arrays[0].tolist()) == TEXTS[0]
 
 
-def test_llama3_equals_transformers_and_refuses_tiktoken(shared_data: Path) -> None:
-    from transformers import PreTrainedTokenizerFast
+def test_a_worker_gets_the_same_tokenizer(tokenizer_dir: Path, shared_data: Path) -> None:
+    for one in every_kind(tokenizer_dir, shared_data):
+        again = pickle.loads(pickle.dumps(one))
+        for name in ("kind", "library", "fingerprint", "vocab_size", "eos_id", "bos_id"):
+            assert getattr(again, name) == getattr(one, name)
+        texts = [*TEXTS, "<eos> <|end_of_text|> </s>", "e\u0301"]
+        assert batch(again, texts) == batch(one, texts)
 
-    folder = shared_data / "llama3-tokenizer"
-    ours = load_tokenizer(folder)
-    assert (ours.kind, ours.vocab_size, ours.bos_id, ours.eos_id) == ("tokenizers", 128256, 128000, 128001)
-    theirs = PreTrainedTokenizerFast.from_pretrained(str(folder))
-    texts = [*TEXTS, *corpus_texts(shared_data, 60)]
-    assert ours.encode_batch(texts) == theirs(texts, add_special_tokens=False)["input_ids"]
-    with pytest.raises(DataError, match="tiktoken"):
-        load_tokenizer(folder / "tokenizer.model")
+
+def test_an_id_beyond_the_vocabulary_is_refused(tokenizer_dir: Path) -> None:
+    with pytest.raises(DataError, match=r"vocabulary of 302 .*: 320\)"):
+        load_tokenizer(tokenizer_dir).decode([5, 320])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,8 +11,10 @@ from pathlib import Path
 import pytest
 
 from megatron_syne.config.loader import load_config
+from megatron_syne.errors import ConfigError
 from megatron_syne.models.config import resolve_model
-from megatron_syne.preflight.report import dry_run_report, source_token_counts
+from megatron_syne.preflight.manifests import source_token_counts
+from megatron_syne.preflight.report import dry_run_report
 from megatron_syne.preflight.rules import check
 
 RUN = """\
@@ -114,9 +117,45 @@ def test_manifests_give_epochs_and_absent_ones_are_said(run_file, tmp_path):
     assert [remark.split(":")[0] for remark in remarks] == ["zh", "syn", "math"]
     assert "not valid JSON" in remarks[0]
     assert f"no manifest {tmp_path / 'math.json'}" in remarks[2]
-    table = section(report(run_file), "tokens")
+    table = section(report(run_file, "data.sources.en.max_epochs=.inf"), "tokens")
     assert any("7.40" in line and "repeats" in line for line in table)  # 74 of 10 billion tokens
     assert remarks[2] in table
+
+
+def test_subsets_shrink_what_there_is(run_file, tmp_path):
+    (tmp_path / "en.json").write_text(json.dumps({"counts": {"tokens": 1000}}))
+    for overrides, tokens in (
+        (["data.sources.en.first_tokens=300"], 300),
+        (["data.sources.en.first_tokens=3000"], 1000),
+        (["data.sources.en.top_fraction=0.25", "data.sources.en.top_by=score"], 250),
+    ):
+        assert source_token_counts(load_config(run_file, overrides))[0] == {"en": tokens}
+
+
+def test_a_source_that_runs_dry_is_refused_with_what_would_fit(run_file, tmp_path):
+    for name, tokens in (("en", 70_000_000_000), ("syn", 10**9), ("zh", 10**12)):
+        (tmp_path / f"{name}.json").write_text(json.dumps({"counts": {"tokens": tokens}}))
+    with pytest.raises(ConfigError, match="2 problems") as caught:
+        report(run_file)
+    text = str(caught.value)
+    assert "data.sources.en (run.yaml" in text.replace(str(tmp_path) + "/", "")
+    assert "has 70,000,000,000 an epoch: 1.13 epochs, max_epochs is 1;" in text
+    assert "set data.sources.en.max_epochs to 2 or .inf" in text
+    assert "data.sources.syn" in text and "data.sources.zh" not in text
+    fits = re.search(r"sources.en .*?fits: ([\d,]+) of", text)
+    assert fits and 0.88e11 < int(fits.group(1).replace(",", "")) < 0.9e11  # 70 of 79.25 billion
+    report(run_file, "data.sources.en.max_epochs=1.2", "data.sources.syn.max_epochs=.inf")
+    (tmp_path / "out" / "checkpoints" / "step_1").mkdir(parents=True)  # a begun run is checked as it goes on
+    assert any("has begun" in line for line in section(report(run_file), "notes"))
+
+
+def test_stages_of_other_lengths_are_shown(run_file):
+    text = report(run_file, "data.stages.1.seq_length=4096")
+    assert section(text, "batch")[1:] == [
+        "tokens per step: 1024 x 8192 = 8,388,608",
+        "tokens per step: 1024 x 4096 = 4,194,304",
+    ]
+    assert any("1,789 iterations of sequences of 4,096" in line for line in section(text, "tokens"))
 
 
 def test_report_for_thousands_of_ranks_needs_no_torch(run_file, repository):

@@ -324,6 +324,138 @@ def test_bad_mixture_is_refused_with_its_file(load, override, part):
     assert part in text and text.endswith("(run.yaml:7)"), text
 
 
+GROUP = "{topics: {share: 1, of: {en: 0.8, zh: 0.2}}}"
+REWEIGHTED = [
+    f"data.stages.0.mixture={GROUP}",
+    "data.stages.0.mixture.en=null",
+    "data.stages.0.mixture.zh=null",
+    "data.validation.zh={path: zh_valid}",
+    "train.eval_interval=5",
+    "data.reweighting=[{group: topics, interval: 10}]",
+]
+# overrides over REAL, then what the one message must hold
+BROKEN_DATA: dict[str, tuple[list[str], list[str]]] = {
+    "max_epochs": (
+        ["data.sources.en.max_epochs=0"],
+        ["data.sources.en.max_epochs = 0.0 (command line) must be"],
+    ),
+    "first_tokens": (
+        ["data.sources.en.first_tokens=0"],
+        ["first_tokens = 0 (command line) must be at least 1"],
+    ),
+    "fraction": (
+        ["data.sources.en.top_fraction=1.5", "data.sources.en.top_by=score"],
+        ["data.sources.en.top_fraction = 1.5 (command line) must be above 0 and at most 1"],
+    ),
+    "top without by": (
+        ["data.sources.en.top_fraction=0.5"],
+        ["top_fraction = 0.5", "needs top_by beside it"],
+    ),
+    "by without top": (["data.sources.en.top_by=score"], ["top_by = score", "needs top_fraction beside it"]),
+    "lowest of what": (["data.sources.en.top_is=lowest"], ["top_is = lowest (command line) needs top_by"]),
+    "order_by shuffled": (
+        ["data.sources.zh.order_by=perplexity"],
+        ["data.sources.zh.order_by = perplexity (command line) needs order: ordered"],
+    ),
+    "validation too": (
+        ["data.validation.en.order_by=perplexity"],
+        ["data.validation.en.order_by = perplexity (command line) needs order: ordered"],
+    ),
+    "positions": (
+        ["data.reset_position_ids=true"],
+        ["reset_position_ids = true", "reset_attention_mask: true"],
+    ),
+    "stage length": (["data.stages.1.seq_length=0"], ["data.stages.1.seq_length = 0 (stage 'b') must be"]),
+    "stage longer than the model": (
+        ["data.stages.1.seq_length=256"],
+        ["data.stages.1.seq_length = 256 (command line) is greater than model.max_position_embeddings = 128"],
+    ),
+    "stage length and SP": (
+        [f"{TP}=4", "parallel.sequence_parallel=true", "data.stages.1.seq_length=66"],
+        ["data.stages.1.seq_length = 66 (command line) is not a multiple", "nearest legal: 64 or 68"],
+    ),
+    "group nowhere": (
+        [*REWEIGHTED, "data.reweighting=[{group: topic, interval: 10}]"],
+        ["data.reweighting.0.group = topic (command line): no stage has a group"],
+    ),
+    "group twice": (
+        [*REWEIGHTED, "data.reweighting=[{group: topics, interval: 10}, {group: topics, interval: 10}]"],
+        ["data.reweighting.1.group = topics (command line): data.reweighting.0 has it"],
+    ),
+    "group of groups": (
+        [*REWEIGHTED, "data.stages.0.mixture.topics.of={zh: null, x: {share: 0.2, of: {zh: 1}}}"],
+        ["data.reweighting.0.group = topics", "x: a group that is re-weighted holds sources alone"],
+    ),
+    "member elsewhere": (
+        [*REWEIGHTED, "data.stages.0.mixture={topics: {share: 0.9}, zh: 0.1}"],
+        ["data.reweighting.0.group = topics", "zh stands at another place of stage a too"],
+    ),
+    "no validation": (
+        [*REWEIGHTED, "data.validation.zh=null"],
+        ["data.reweighting.0.group = topics", "no validation source for zh"],
+    ),
+    "unknown weight": (
+        [*REWEIGHTED, "data.reweighting=[{group: topics, interval: 10, weights: {xy: 2}}]"],
+        ["data.reweighting.0.weights = xy (command line): not in the group topics"],
+    ),
+    "interval": (
+        [*REWEIGHTED, "data.reweighting=[{group: topics, interval: 12}]"],
+        [
+            "data.reweighting.0.interval = 12 (command line) is not a multiple of train.eval_interval = 5",
+            "10 or 15",
+        ],
+    ),
+    "interval of 0": (
+        [*REWEIGHTED, "data.reweighting=[{group: topics, interval: 0}]"],
+        ["must be at least 1"],
+    ),
+    "never evaluated": (
+        [*REWEIGHTED, "train.eval_interval=null"],
+        ["data.reweighting.0.interval = 10 (command line) needs train.eval_interval"],
+    ),
+    "alpha": (
+        [*REWEIGHTED, "data.reweighting=[{group: topics, interval: 10, alpha: 0.6, weights: {en: 2}}]"],
+        [
+            "data.reweighting.0.alpha = 0.6 (command line) x the largest weight 2 must be below 1",
+            "at most 0.499",
+        ],
+    ),
+    "alpha of 0": (
+        [*REWEIGHTED, "data.reweighting=[{group: topics, interval: 10, alpha: 0}]"],
+        ["data.reweighting.0.alpha = 0.0 (command line) must be greater than 0"],
+    ),
+    "negative weight": (
+        [*REWEIGHTED, "data.reweighting=[{group: topics, interval: 10, weights: {en: -1}}]"],
+        ["data.reweighting.0.weights.en = -1.0 (command line) must be at least 0"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN_DATA)
+def test_data_rule_refuses_with_key_place_and_remedy(load, case):
+    overrides, parts = BROKEN_DATA[case]
+    text = refusal(load(REAL, *overrides))
+    for part in parts:
+        assert part in text, text
+    assert "problems" not in text, text
+
+
+def test_data_options_that_go_together_are_accepted(load):
+    check(load(REAL, *REWEIGHTED))
+    subset = "data.sources.en={top_fraction: 0.3, top_by: score, top_is: lowest, max_epochs: .inf}"
+    check(load(REAL, subset, "data.sources.zh={order: ordered, order_by: perplexity}"))
+    check(
+        load(REAL, "data.reset_attention_mask=true", "data.reset_position_ids=true", "data.packing=best_fit")
+    )
+    check(load(MOCK, "data.reweighting=[{group: x, interval: 1}]"))
+
+
+def test_documents_told_apart_on_cuda_come_one_to_a_micro_batch(load):
+    packed = ["data.reset_attention_mask=true", "train.micro_batch_size=2"]
+    check(load(REAL, *packed), 1, "cpu")
+    assert "set micro_batch_size to 1" in refusal(load(REAL, *packed), 1, "cuda")
+
+
 def test_several_problems_are_numbered_in_one_error(load):
     text = refusal(load(MOCK, "train.eval_interval=5", f"{VPP}=2", "precision.fp8=delayed"))
     lines = text.splitlines()
@@ -331,14 +463,16 @@ def test_several_problems_are_numbered_in_one_error(load):
     assert [line.split()[0] for line in lines[1:]] == ["1.", "2.", "3."]
 
 
-def test_every_rule_is_broken_by_some_case(load):
+def test_every_rule_is_broken_by_some_case(load, tmp_path):
     """A rule that no case above reaches would be untested."""
     reached = set()
     cases = [(MOCK, overrides) for overrides, _ in BROKEN.values()]
     cases += [
         (REAL, ["data.stages.0.mixture.zh=0.3"]),
         (MOCK, ["precision.fp8=delayed", "data.seq_length=40"]),
+        *((REAL, overrides) for overrides, _ in BROKEN_DATA.values()),
     ]
+    (tmp_path / "en.json").write_text('{"counts": {"tokens": 100}}')
     for text, overrides in cases:
         config = load(text, *overrides)
         facts = rules.Facts(config, resolve_model(config.model), 3, "cpu")

@@ -1,0 +1,98 @@
+"""What a micro-batch holds, and which samples are in it. No torch: the loaders make tensors of it.
+
+Micro-batch ``m`` of rank ``r`` in the global batch that starts at sample ``c`` holds the samples
+``c + m * mbs * dp + r * mbs + j``, ``j < mbs``: which samples make up a global batch does not depend on dp
+or on the micro-batch size, so a run goes on in another layout.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_syne.config.schema import DataConfig
+from megatron_syne.data.dataset import Sample, Samples
+from megatron_syne.errors import ConfigError
+
+Arrays = dict[str, NDArray[Any]]
+"""``tokens``, ``labels``, ``position_ids`` (int64), ``loss_mask`` (float32), with ``reset_attention_mask`` also
+``document_ids`` (int32): each [micro batch, seq]."""
+
+
+@dataclass(frozen=True)
+class BatchForm:
+    """What is made of the boundaries of documents; megatron-core's meaning of its options of the same names."""
+
+    reset_attention_mask: bool = False
+    """Adds ``document_ids``: 0, 1, 2, ... within the sample, what follows the last boundary (padding) its own."""
+    reset_position_ids: bool = False
+    eod_mask_loss: bool = False
+
+    @classmethod
+    def of(cls, data: DataConfig) -> BatchForm:
+        """Of a configuration."""
+        return cls(data.reset_attention_mask, data.reset_position_ids, data.eod_mask_loss)
+
+
+class BatchBuilder:
+    """The micro-batches of one data-parallel rank as arrays, as a function of their first sample."""
+
+    def __init__(
+        self,
+        dataset: Samples,
+        micro_batch_size: int,
+        global_batch_size: int,
+        data_parallel_rank: int = 0,
+        data_parallel_size: int = 1,
+        form: BatchForm = BatchForm(),
+    ) -> None:
+        step = micro_batch_size * data_parallel_size
+        if step < 1 or global_batch_size < 1 or global_batch_size % step:
+            raise ConfigError(
+                f"train.global_batch_size: {global_batch_size} is not a multiple of micro_batch_size "
+                f"{micro_batch_size} x data parallel {data_parallel_size}"
+            )
+        if not 0 <= data_parallel_rank < data_parallel_size:
+            raise ConfigError(f"data parallel rank {data_parallel_rank} of {data_parallel_size}")
+        self.dataset, self.last = dataset, len(dataset) - 1
+        self.micro, self.rank, self.dp = micro_batch_size, data_parallel_rank, data_parallel_size
+        self.form = form
+        self.count = global_batch_size // step
+        """Micro-batches of one rank in a global batch."""
+
+    def first_samples(self, start: int) -> list[int]:
+        """First sample of each of this rank's micro-batches in the global batch that begins at ``start``."""
+        return [start + (m * self.dp + self.rank) * self.micro for m in range(self.count)]
+
+    def micro_batch(self, first: int) -> Arrays:
+        """The micro-batch whose first sample is ``first``; what lies past the end weighs nothing."""
+        indices = range(first, first + self.micro)
+        samples: list[Sample] = [self.dataset[min(index, self.last)] for index in indices]
+        rows = np.stack([sample.tokens for sample in samples])
+        length = rows.shape[1] - 1
+        batch: Arrays = {
+            "tokens": np.ascontiguousarray(rows[:, :-1]),
+            "labels": np.ascontiguousarray(rows[:, 1:]),
+            "position_ids": np.tile(np.arange(length), (self.micro, 1)),
+            "loss_mask": np.zeros((self.micro, length), dtype=np.float32),
+        }
+        if self.form.reset_attention_mask:
+            batch["document_ids"] = np.zeros((self.micro, length), dtype=np.int32)
+        for row, (index, sample) in enumerate(zip(indices, samples, strict=True)):
+            if index <= self.last:
+                batch["loss_mask"][row, : sample.length] = 1.0
+            if self.form.eod_mask_loss:
+                batch["loss_mask"][row, sample.document_ends] = 0.0
+            begins = sample.document_ends + 1
+            begins = begins[begins < length]
+            if self.form.reset_position_ids:
+                since = np.zeros(length, dtype=np.int64)
+                since[begins] = begins
+                batch["position_ids"][row] -= np.maximum.accumulate(since)
+            if self.form.reset_attention_mask:
+                batch["document_ids"][row, begins] = 1
+                np.cumsum(batch["document_ids"][row], out=batch["document_ids"][row])
+        return batch

@@ -1,0 +1,97 @@
+"""NVIDIA DALI as the feeder of the loader (``data.loader: dali``): the same batches in the same order.
+
+DALI calls back for micro-batch 0, 1, 2, ... and is told nothing else: what it gets is a function of that
+number and of the sample at which the pipeline was started, so it can be started anywhere in the run and has
+no state of its own to save (its own checkpoints would restore an iterator wrongly). On a GPU it copies the
+next micro-batch to the device while this one is used. The loader's thread drives it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from megatron_syne.data.batches import BatchBuilder
+from megatron_syne.errors import ConfigError
+
+
+class DaliFeeder:
+    """``build(start)`` as the thread's own feeder, bit for bit; started anew where ``start`` is not the next."""
+
+    def __init__(self, builder: BatchBuilder, device: torch.device) -> None:
+        """``device``: where the tensors are wanted; a GPU has an index. ConfigError where DALI is not installed."""
+        try:
+            import nvidia.dali  # noqa: F401
+        except ImportError as error:
+            raise ConfigError(
+                f"data.loader: dali, but NVIDIA DALI cannot be imported ({error}); pip install "
+                "nvidia-dali-cuda130, or set data.loader=thread"
+            ) from None
+        self._builder, self._device = builder, device
+        self._source: _Source | None = None
+        self._pipeline: Any = None
+        self._next = -1
+
+    def build(self, start: int) -> list[dict[str, torch.Tensor]]:
+        """This rank's micro-batches of the global batch that starts at sample ``start``."""
+        if start != self._next:
+            self._start(start)
+        assert self._source is not None
+        self._next = -1  # after an error the pipeline is started anew
+        batches = []
+        for first in self._builder.first_samples(start):
+            outputs = self._pipeline.run()
+            if (error := self._source.failed.pop(first, None)) is not None:
+                raise error
+            pairs = zip(self._source.types.items(), outputs, strict=True)
+            batches.append({name: self._tensor(output, dtype) for (name, dtype), output in pairs})
+        self._next = start + self._builder.count * self._builder.micro * self._builder.dp
+        return batches
+
+    def _start(self, start: int) -> None:
+        from nvidia.dali import fn
+        from nvidia.dali.pipeline import Pipeline
+
+        self._source = _Source(self._builder, start)
+        self._pipeline = Pipeline(
+            batch_size=self._builder.micro,
+            num_threads=1,
+            device_id=self._device.index,  # None = no GPU is touched
+            prefetch_queue_depth=2,
+        )
+        with self._pipeline:
+            outputs = fn.external_source(
+                source=self._source, num_outputs=len(self._source.types), batch=True, batch_info=True
+            )
+            self._pipeline.set_outputs(*(out if self._device.index is None else out.gpu() for out in outputs))
+        self._pipeline.build()
+
+    def _tensor(self, output: Any, dtype: torch.dtype) -> torch.Tensor:
+        """A copy: DALI writes the next micro-batch but one into the same memory."""
+        from nvidia.dali.plugin.pytorch import feed_ndarray
+
+        array = output.as_tensor()
+        result = torch.empty(array.shape(), dtype=dtype, device=self._device)
+        feed_ndarray(array, result)  # on a GPU in torch's current stream
+        return result
+
+
+class _Source:
+    """What DALI calls: ``BatchInfo`` -> one array per output. Errors wait for the micro-batch that they concern."""
+
+    def __init__(self, builder: BatchBuilder, start: int) -> None:
+        self._builder, self._start = builder, start
+        self.failed: dict[int, BaseException] = {}
+        self._last = builder.micro_batch(builder.first_samples(start)[0])
+        self.types = {name: torch.from_numpy(array).dtype for name, array in self._last.items()}
+
+    def __call__(self, info: Any) -> list[Any]:
+        builder = self._builder
+        batch, micro = divmod(info.iteration, builder.count)
+        first = builder.first_samples(self._start + batch * builder.count * builder.micro * builder.dp)[micro]
+        try:
+            self._last = builder.micro_batch(first)
+        except BaseException as error:  # DALI asks ahead: whoever gets this micro-batch raises it
+            self.failed[first] = error
+        return list(self._last.values())

@@ -1,0 +1,1 @@
+"""Numbers to PNG files: ``canvas`` (what all share), ``lengths``, ``mixture``. Nothing here computes or reads."""
