@@ -30,8 +30,8 @@ sys.path.insert(0, str(ROOT))
 from megatron_syne.config.schema import DataConfig, RunConfig, SourceConfig, StageConfig  # noqa: E402
 from megatron_syne.data.build import training_dataset  # noqa: E402
 from megatron_syne.data.dataset import StagedDataset  # noqa: E402
-from megatron_syne.data.indexed import IndexedWriter  # noqa: E402
-from megatron_syne.data.mixture import plan_mixture  # noqa: E402
+from megatron_syne.data.mixture.planning import plan_mixture  # noqa: E402
+from megatron_syne.data.tokens.indexed import IndexedWriter  # noqa: E402
 
 SOURCES = 12
 VOCABULARY = 128_256

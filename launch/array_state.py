@@ -17,7 +17,7 @@ from array_script import Source, array_spec
 from job import read_json
 from slurm import slurm_command
 
-from megatron_syne.data.inputs import find_inputs
+from megatron_syne.data.documents.inputs import find_inputs
 from megatron_syne.errors import ConfigError, MissingInput
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_syne.config.loader import load_config, save_resolved, to_yaml
 from megatron_syne.config.schema import LaunchConfig, ModelConfig, RunConfig
-from megatron_syne.data.mixture import MixturePlan, plan_mixture, resume_plan
+from megatron_syne.data.mixture.planning import MixturePlan, plan_mixture, resume_plan
 from megatron_syne.errors import (
     EXIT_OK,
     EXIT_REQUEUE,

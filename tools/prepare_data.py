@@ -24,10 +24,10 @@ import sys
 import time
 from typing import Any, NoReturn
 
-from megatron_syne.data.fim import FillInMiddle
-from megatron_syne.data.indexed import IndexedReader
-from megatron_syne.data.merge import merge
-from megatron_syne.data.prepare import Job, prepare
+from megatron_syne.data.preparation.fim import FillInMiddle
+from megatron_syne.data.preparation.merge import merge
+from megatron_syne.data.preparation.prepare import Job, prepare
+from megatron_syne.data.tokens.reader import IndexedReader
 from megatron_syne.errors import EXIT_CONFIG, run_cli
 
 # options that go to every job under their own name

@@ -31,8 +31,8 @@ from megatron_syne.curation.records import (
     refuse_present,
     with_fields,
 )
-from megatron_syne.data.atomic import Outputs
-from megatron_syne.data.jsonl import number_in
+from megatron_syne.data.documents.atomic import Outputs
+from megatron_syne.data.documents.jsonl import number_in
 from megatron_syne.errors import ConfigError, DataError
 
 SORTED, GIVEN = "sorted", "given"

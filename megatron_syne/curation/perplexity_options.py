@@ -11,7 +11,7 @@ from typing import Any
 
 from megatron_syne.curation.perplexity_windows import MOST_CONTEXT
 from megatron_syne.curation.records import add_reading_arguments
-from megatron_syne.data.jsonl import MAX_LINE_BYTES
+from megatron_syne.data.documents.jsonl import MAX_LINE_BYTES
 from megatron_syne.errors import ConfigError
 
 

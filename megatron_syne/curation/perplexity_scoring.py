@@ -24,8 +24,8 @@ from megatron_syne.curation.perplexity_options import Task
 from megatron_syne.curation.perplexity_output import GrowingOutput, InputSoFar
 from megatron_syne.curation.perplexity_windows import windows_of
 from megatron_syne.curation.records import Record, refuse_present, with_fields
-from megatron_syne.data.inputs import STDIN, InputFile, find_inputs, open_input
-from megatron_syne.data.jsonl import BadLine, Line, record_of, text_in
+from megatron_syne.data.documents.inputs import STDIN, InputFile, find_inputs, open_input
+from megatron_syne.data.documents.jsonl import BadLine, Line, record_of, text_in
 from megatron_syne.data.tokenizer import Tokenizer
 from megatron_syne.errors import DataError
 

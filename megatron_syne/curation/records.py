@@ -18,9 +18,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TypeVar
 
-from megatron_syne.data.atomic import Outputs
-from megatron_syne.data.inputs import find_inputs, open_input
-from megatron_syne.data.jsonl import MAX_LINE_BYTES, BadLine, Line, record_of, text_in
+from megatron_syne.data.documents.atomic import Outputs
+from megatron_syne.data.documents.inputs import find_inputs, open_input
+from megatron_syne.data.documents.jsonl import MAX_LINE_BYTES, BadLine, Line, record_of, text_in
 from megatron_syne.errors import ConfigError, DataError
 
 T = TypeVar("T")

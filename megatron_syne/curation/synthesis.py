@@ -29,8 +29,8 @@ from megatron_syne.curation.records import (
     name_in,
     refuse_present,
 )
-from megatron_syne.data.atomic import Outputs
-from megatron_syne.data.jsonl import BadLine, text_in
+from megatron_syne.data.documents.atomic import Outputs
+from megatron_syne.data.documents.jsonl import BadLine, text_in
 from megatron_syne.errors import ConfigError, MissingInput
 
 TEMPLATES = Path(__file__).parent / "templates"

@@ -22,8 +22,8 @@ from megatron_syne.curation.languages import CHINESE, UNKNOWN, language_of
 from megatron_syne.curation.records import Record, Source, name_in, write_report
 from megatron_syne.curation.topic_features import CHARACTERS, WORDS
 from megatron_syne.curation.topic_model import train_linear
-from megatron_syne.data.atomic import Outputs
-from megatron_syne.data.jsonl import BadLine, text_in
+from megatron_syne.data.documents.atomic import Outputs
+from megatron_syne.data.documents.jsonl import BadLine, text_in
 from megatron_syne.errors import ConfigError, DataError
 
 

@@ -28,8 +28,8 @@ from megatron_syne.curation.records import (
     refuse_present,
 )
 from megatron_syne.curation.topic_training import language_in, train
-from megatron_syne.data.atomic import Outputs
-from megatron_syne.data.jsonl import text_in
+from megatron_syne.data.documents.atomic import Outputs
+from megatron_syne.data.documents.jsonl import text_in
 from megatron_syne.errors import ConfigError
 
 MAX_CHARS = 1000

@@ -12,8 +12,8 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from megatron_syne.config.schema import ReweightingConfig, RunConfig
-from megatron_syne.data.reweighting import group_members, reweighted
-from megatron_syne.data.supply import shortages
+from megatron_syne.data.mixture.reweighting import group_members, reweighted
+from megatron_syne.data.mixture.supply import shortages
 from megatron_syne.training.callback import Callback
 
 if TYPE_CHECKING:

@@ -1,7 +1,7 @@
-"""From JSONL to batches, in reading order:
+"""From text to batches, in reading order:
 
-``tokenizer`` (text -> ids) -> ``jsonl`` (lines of a file, faults named by line and byte) -> ``prepare``
-(many files -> ``.bin/.idx`` and a manifest, published through ``atomic``) -> ``indexed`` (the file format) ->
-``mixture`` (which source each sample of the run comes from; pure) -> ``dataset`` (packed samples by index) ->
-``build`` (data sets of a configuration) -> ``loader`` (batches of one data-parallel rank).
+``tokenizer`` (text -> ids; ``tokenizers/``) -> ``documents/`` (texts in files) -> ``preparation/`` (texts to token
+files) -> ``tokens/`` (token files, orders, streams of one source) -> ``mixture/`` (which source each sample of the run
+comes from; pure) -> ``dataset`` (samples by index) -> ``build`` (data sets of a configuration) -> ``batches``,
+``loader``, ``dali`` (batches of one data-parallel rank).
 """

@@ -14,11 +14,11 @@ from megatron_syne.data.dataset import (
     make_stream,
     used_sources,
 )
-from megatron_syne.data.index_cache import IndexCache
-from megatron_syne.data.indexed import IndexedReader
-from megatron_syne.data.mixture import MixturePlan, check_supply
-from megatron_syne.data.streams import SourceDocuments
+from megatron_syne.data.mixture.planning import MixturePlan, check_supply
 from megatron_syne.data.tokenizer import tokenizer_fingerprint
+from megatron_syne.data.tokens.index_cache import IndexCache
+from megatron_syne.data.tokens.reader import IndexedReader
+from megatron_syne.data.tokens.streams import SourceDocuments
 from megatron_syne.errors import DataError, MissingInput
 
 logger = logging.getLogger(__name__)

@@ -15,10 +15,10 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_syne.data.indexed import IndexedReader
-from megatron_syne.data.ledger import source_options
-from megatron_syne.data.mixture import MixturePlan
-from megatron_syne.data.streams import BestFit, Concatenated, Piece, Range, SourceDocuments, Stream
+from megatron_syne.data.mixture.ledger import source_options
+from megatron_syne.data.mixture.planning import MixturePlan
+from megatron_syne.data.tokens.reader import IndexedReader
+from megatron_syne.data.tokens.streams import BestFit, Concatenated, Piece, Range, SourceDocuments, Stream
 from megatron_syne.errors import ConfigError, DataError
 
 _NO_ENDS = np.zeros(0, dtype=np.int32)

@@ -19,8 +19,8 @@ from megatron_syne.config.schema import RunConfig
 from megatron_syne.data.batches import BatchBuilder, BatchForm
 from megatron_syne.data.build import training_dataset, validation_datasets
 from megatron_syne.data.dataset import MockDataset, Samples, StagedDataset
-from megatron_syne.data.ledger import check_sources, make_ledger
-from megatron_syne.data.mixture import MixturePlan
+from megatron_syne.data.mixture.ledger import check_sources, make_ledger
+from megatron_syne.data.mixture.planning import MixturePlan
 
 Batch = dict[str, torch.Tensor]
 """``tokens``, ``labels``, ``position_ids`` (int64) and ``loss_mask`` (float32), each [micro batch, seq]; with

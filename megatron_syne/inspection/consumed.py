@@ -9,9 +9,9 @@ from typing import Any
 
 from megatron_syne.checkpoint.folder import newest, read_run
 from megatron_syne.config.loader import load_config
-from megatron_syne.data.ledger import check_ledger
-from megatron_syne.data.plan import MixturePlan
-from megatron_syne.data.supply import epochs_read
+from megatron_syne.data.mixture.ledger import check_ledger
+from megatron_syne.data.mixture.plan import MixturePlan
+from megatron_syne.data.mixture.supply import epochs_read
 from megatron_syne.errors import DataError, MissingInput
 from megatron_syne.inspection.text import say
 from megatron_syne.preflight.manifests import source_token_counts

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_syne.data.indexed import IndexedReader
+from megatron_syne.data.tokens.reader import IndexedReader
 from megatron_syne.errors import ConfigError
 from megatron_syne.inspection.text import cut, decoded, matching_tokenizer, say
 

@@ -7,10 +7,10 @@ import argparse
 import numpy as np
 
 from megatron_syne.config.loader import load_config
-from megatron_syne.data.mixture import plan_mixture
-from megatron_syne.data.plan import MixturePlan
-from megatron_syne.data.plan_report import mixture_over_tokens, plan_table
-from megatron_syne.data.supply import epochs_read, shortages
+from megatron_syne.data.mixture.plan import MixturePlan
+from megatron_syne.data.mixture.planning import plan_mixture
+from megatron_syne.data.mixture.report import mixture_over_tokens, plan_table
+from megatron_syne.data.mixture.supply import epochs_read, shortages
 from megatron_syne.inspection.text import say
 from megatron_syne.preflight.manifests import source_token_counts
 

@@ -12,8 +12,8 @@ from megatron_syne.config.schema import RunConfig
 from megatron_syne.data.batches import BatchBuilder, BatchForm
 from megatron_syne.data.build import training_dataset
 from megatron_syne.data.dataset import MockDataset, StagedDataset
-from megatron_syne.data.mixture import plan_mixture, resume_plan
-from megatron_syne.data.plan import MixturePlan
+from megatron_syne.data.mixture.plan import MixturePlan
+from megatron_syne.data.mixture.planning import plan_mixture, resume_plan
 from megatron_syne.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_syne.errors import ConfigError
 from megatron_syne.inspection.consumed import ledger_of

@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_syne.config.schema import ReweightingConfig, SourceConfig
-from megatron_syne.data.mixture import plan_mixture
-from megatron_syne.data.plan import MixturePlan
-from megatron_syne.data.reweighting import group_members
-from megatron_syne.data.shares import places_of
-from megatron_syne.data.supply import shortages
+from megatron_syne.data.mixture.plan import MixturePlan
+from megatron_syne.data.mixture.planning import plan_mixture
+from megatron_syne.data.mixture.reweighting import group_members
+from megatron_syne.data.mixture.shares import places_of
+from megatron_syne.data.mixture.supply import shortages
 from megatron_syne.errors import ConfigError
 from megatron_syne.preflight.facts import Facts, nearest_multiples
 from megatron_syne.preflight.manifests import source_token_counts

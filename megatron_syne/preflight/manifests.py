@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from megatron_syne.config.schema import RunConfig
-from megatron_syne.data.supply import usable_tokens
+from megatron_syne.data.mixture.supply import usable_tokens
 from megatron_syne.errors import SyneError
 from megatron_syne.models.json_file import read_json
 

@@ -15,9 +15,9 @@ from megatron_syne.config.arithmetic import (
 )
 from megatron_syne.config.loader import to_yaml
 from megatron_syne.config.schema import ModelConfig, ParallelConfig, RunConfig
-from megatron_syne.data.mixture import plan_mixture
-from megatron_syne.data.plan import MixturePlan
-from megatron_syne.data.plan_report import plan_table
+from megatron_syne.data.mixture.plan import MixturePlan
+from megatron_syne.data.mixture.planning import plan_mixture
+from megatron_syne.data.mixture.report import plan_table
 from megatron_syne.models.config import padded_vocab_size
 from megatron_syne.parallel.topology import coordinates, data_parallel_size, rank_grid, world_size_of
 from megatron_syne.preflight.facts import PlatformName

@@ -15,7 +15,7 @@ from typing import Any
 
 from megatron_syne.config.loader import load_config
 from megatron_syne.config.schema import ParallelConfig, RunConfig
-from megatron_syne.data.mixture import MixturePlan
+from megatron_syne.data.mixture.planning import MixturePlan
 from megatron_syne.errors import DataError, MissingInput
 from megatron_syne.models.json_file import read_json
 

@@ -53,7 +53,7 @@ def stream(bench: Bench, name: str) -> np.ndarray:
     """One epoch of a source in the order in which a run reads it: one long sample of a run of it alone."""
     from megatron_syne.config.schema import DataConfig, RunConfig, SourceConfig, StageConfig, TrainConfig
     from megatron_syne.data.build import training_dataset
-    from megatron_syne.data.mixture import plan_mixture
+    from megatron_syne.data.mixture.planning import plan_mixture
 
     size = (bench.folder / f"{name}.bin").stat().st_size // 2
     data = DataConfig(

@@ -34,15 +34,26 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "models": ("config", "platform"),
     **{name: ("config", "models") for name in LIGHT_MODELS},
     "convert": ("config", "models", "parallel.topology"),
-    "release": ("config", "models", "convert"),
+    "release": ("config", "models", "convert", "data.mixture"),
     "parity": ("config", "platform", "parallel", "models", "convert"),
     "data": ("config",),
+    "data.documents": (),
+    "data.tokenizers": ("data.tokens",),
+    "data.preparation": ("data.documents", "data.tokens", "data.tokenizer"),
+    "data.mixture": ("config",),
+    "data.tokens": ("config", "data.mixture.ledger"),
+    "curation": ("config", "platform.base", "data.documents", "data.tokenizer"),
+    "curation.perplexity_parallel": ("config", "platform", "parallel", "models", "curation", "training"),
+    "pictures": (),
+    "inspection": ("config", *LIGHT_MODELS, "data", "preflight.manifests", "checkpoint.folder", "pictures"),
     "preflight": ("config", *LIGHT_MODELS, "parallel.topology", "data.mixture"),
     "training": ("config", "platform", "parallel", "models"),
     "checkpoint": ("config", "platform", "parallel", "models.gpt", "training.callback", "training.state"),
     "monitor": ("config", "platform", "parallel", "training.callback", "training.state"),
     "resilience": ("config", "platform", "parallel", "training.callback", "training.state"),
-    "train": ("",),  # the assembler
+    "curriculum": ("config", "data", "training.callback"),
+    "train": ("",),  # the assemblers
+    "score": ("",),
 }
 ROOT_NAMES = ("", "__version__")  # the package itself costs nothing and is open to all
 
@@ -51,8 +62,9 @@ MAY_ANNOTATE: dict[str, tuple[str, ...]] = {
     "checkpoint": ("training.trainer",),
     "monitor": ("training.trainer",),
     "resilience": ("training.trainer",),
+    "curriculum": ("training.trainer",),
 }
-LAUNCH_MAY_IMPORT = ("config", "preflight", "parallel.topology", *LIGHT_MODELS)
+LAUNCH_MAY_IMPORT = ("config", "preflight", "parallel.topology", "data.documents.inputs", *LIGHT_MODELS)
 
 # Heavy package -> the only rooms and modules that may import it.
 HEAVY: dict[str, tuple[str, ...]] = {
@@ -61,21 +73,25 @@ HEAVY: dict[str, tuple[str, ...]] = {
         "platform.cuda",
         "parallel.setup",
         "models.gpt",
-        "data.indexed",
-        "data.dataset",
         "training",
         "checkpoint",
         "parity",
+        "curation.perplexity_parallel",
     ),
     "transformer_engine": ("platform.cuda",),
     "apex": ("platform.cuda",),
     "safetensors": ("parity",),  # elsewhere convert/formats/safetensors.py reads and writes the format
-    "tokenizers": ("data", "convert.surgery"),
-    "sentencepiece": ("data", "convert.surgery"),
+    "tokenizers": ("data.tokenizers", "convert.surgery"),
+    "sentencepiece": ("data.tokenizers", "convert.surgery"),
+    "tiktoken": ("data.tokenizers",),
+    "pyarrow": ("data.documents",),
+    "zstandard": ("data.documents", "curation.records"),
+    "sklearn": ("curation",),
+    "matplotlib": ("pictures",),
     "tensorboard": ("monitor",),
-    "transformers": ("parity",),
+    "transformers": ("parity", "curation.encoder", "curation.perplexity_hf"),
     "huggingface_hub": ("convert.hub",),
-    "nvidia": ("data",),
+    "nvidia": ("data.dali",),
 }
 
 # What runs on a login node, or must start in a moment: neither these nor anything that they import reaches torch.
@@ -84,12 +100,22 @@ TORCH_FREE = (
     "config",
     "preflight",
     *LIGHT_MODELS,
-    "data.mixture",
+    "data",
+    "curation",
+    "pictures",
+    "inspection",
     "parallel.topology",
     "convert",
     "release",
 )
-NEEDS_TORCH = ("convert.weights",)  # hands tensors to training
+NEEDS_TORCH = (  # hand tensors to a model, or run one
+    "convert.weights",
+    "data.loader",
+    "data.dali",
+    "curation.encoder",
+    "curation.perplexity_hf",
+    "curation.perplexity_parallel",
+)
 
 UNSAFE_MODULES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
 # torch_dist keeps its index as a pickle: one reader is torch's classes by an allow-list, for the engine; the other
@@ -130,7 +156,7 @@ class Source:
 
     @property
     def inner(self) -> str:
-        """Name within the package: ``megatron_syne.data.mixture`` -> ``data.mixture``."""
+        """Name within the package: ``megatron_syne.data.dataset`` -> ``data.dataset``."""
         return self.module.removeprefix(PACKAGE).lstrip(".")
 
     def imports(self) -> Iterator[tuple[int, str]]:
@@ -201,8 +227,7 @@ def rule_of(inner: str) -> tuple[str, ...] | None:
     """The table's line for a module: its own where it has one, else its room's; always with itself."""
     for key in sorted(MAY_IMPORT, key=len, reverse=True):
         if within(inner, (key,)):
-            itself = () if "." in key else (key,)
-            return (*MAY_IMPORT[key], *itself, "errors")
+            return (*MAY_IMPORT[key], key, "errors")
     return None
 
 

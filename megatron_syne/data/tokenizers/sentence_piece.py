@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_syne.data.indexed import token_dtype
+from megatron_syne.data.tokens.indexed import token_dtype
 
 
 class SentencePieceTokenizer:

@@ -24,8 +24,8 @@ from megatron_syne.config.schema import (
     StageConfig,
     TrainConfig,
 )
-from megatron_syne.data.ledger import make_ledger
-from megatron_syne.data.mixture import MixturePlan, plan_mixture, resume_plan
+from megatron_syne.data.mixture.ledger import make_ledger
+from megatron_syne.data.mixture.planning import MixturePlan, plan_mixture, resume_plan
 
 
 def run(**fields: object) -> RunConfig:

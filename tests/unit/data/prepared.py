@@ -7,7 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_syne.data.indexed import IndexedReader, IndexedWriter
+from megatron_syne.data.tokens.indexed import IndexedWriter
+from megatron_syne.data.tokens.reader import IndexedReader
 
 TEXTS = [
     "The quick brown fox jumps over the lazy dog, and the dog does not mind at all today.",

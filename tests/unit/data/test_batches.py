@@ -16,10 +16,10 @@ from prepared import many_texts, write_jsonl
 from megatron_syne.config.schema import DataConfig, RunConfig, SourceConfig, StageConfig, TrainConfig
 from megatron_syne.data.batches import BatchBuilder, BatchForm
 from megatron_syne.data.dataset import MockDataset, Sample, StagedDataset
-from megatron_syne.data.indexed import IndexedReader
 from megatron_syne.data.loader import DataLoader, build_training_data, build_validation_data
-from megatron_syne.data.mixture import plan_mixture
-from megatron_syne.data.prepare import Job, prepare
+from megatron_syne.data.mixture.planning import plan_mixture
+from megatron_syne.data.preparation.prepare import Job, prepare
+from megatron_syne.data.tokens.reader import IndexedReader
 from megatron_syne.errors import ConfigError, DataError, MissingInput
 
 BATCH = 12

@@ -13,10 +13,10 @@ from token_sources import EOS, open_documents, write_source
 from megatron_syne.config.schema import DataConfig, RunConfig, SourceConfig, StageConfig
 from megatron_syne.data.build import training_dataset, validation_datasets
 from megatron_syne.data.dataset import MockDataset, Sample, StagedDataset, ValidationSource, read_sample
-from megatron_syne.data.mixture import plan_mixture
-from megatron_syne.data.orders import permutation
-from megatron_syne.data.prepare import Job, prepare
-from megatron_syne.data.streams import BestFit, Concatenated, Range, SourceDocuments
+from megatron_syne.data.mixture.planning import plan_mixture
+from megatron_syne.data.preparation.prepare import Job, prepare
+from megatron_syne.data.tokens.orders import permutation
+from megatron_syne.data.tokens.streams import BestFit, Concatenated, Range, SourceDocuments
 from megatron_syne.errors import ConfigError, DataError
 
 SEQ = 16
@@ -217,7 +217,7 @@ def test_the_cache_changes_nothing_and_prepare_leaves_nothing_to_make(
     open_run(config, tmp_path / "cache").prepare()
     made = {path.name for path in (tmp_path / "cache").iterdir()}
     assert made and not any(name.endswith(".building") for name in made)
-    monkeypatch.setattr("megatron_syne.data.streams.permutation", lambda *_: pytest.fail("made again"))
+    monkeypatch.setattr("megatron_syne.data.tokens.streams.permutation", lambda *_: pytest.fail("made again"))
     dataset = open_run(config, tmp_path / "cache")
     for n, sample in enumerate(samples):
         assert all(np.array_equal(a, b) for a, b in zip(dataset[n], sample, strict=True))

@@ -14,8 +14,8 @@ import random
 from dataclasses import dataclass, field
 
 from megatron_syne.config.schema import DataConfig, RunConfig, SourceConfig, StageConfig, TrainConfig
-from megatron_syne.data.ledger import make_ledger
-from megatron_syne.data.mixture import MixturePlan, plan_mixture, resume_plan
+from megatron_syne.data.mixture.ledger import make_ledger
+from megatron_syne.data.mixture.planning import MixturePlan, plan_mixture, resume_plan
 
 SCHEDULES = 1000
 NAMES = ("a", "b", "c", "d")

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from prepared import TEXTS, many_texts, write_jsonl
 
-from megatron_syne.data.fim import FillInMiddle, cut
-from megatron_syne.data.indexed import IndexedReader
-from megatron_syne.data.prepare import Job, prepare
+from megatron_syne.data.preparation.fim import FillInMiddle, cut
+from megatron_syne.data.preparation.prepare import Job, prepare
 from megatron_syne.data.tokenizer import load_tokenizer
+from megatron_syne.data.tokens.reader import IndexedReader
 from megatron_syne.errors import ConfigError
 
 NAMES = ("<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>")

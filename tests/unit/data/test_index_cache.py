@@ -16,10 +16,10 @@ import pytest
 from prepared import random_documents
 from token_sources import open_documents, write_source
 
-from megatron_syne.data import index_cache
-from megatron_syne.data.index_cache import CachedArray, Entry, IndexCache
-from megatron_syne.data.indexed import IndexedReader
-from megatron_syne.data.streams import Concatenated
+from megatron_syne.data.tokens import index_cache
+from megatron_syne.data.tokens.index_cache import CachedArray, Entry, IndexCache
+from megatron_syne.data.tokens.reader import IndexedReader
+from megatron_syne.data.tokens.streams import Concatenated
 from megatron_syne.errors import CannotCreate, DataError
 
 KEY = {"of": "a test", "number": 3}
@@ -247,7 +247,7 @@ def test_checks_of_an_index_are_remembered_until_a_file_is_touched(
     cache = IndexCache(tmp_path / "cache")
     tokens = IndexedReader(prefix, cache=cache).num_tokens
     with monkeypatch.context() as patch:
-        patch.setattr("megatron_syne.data.indexed.check_index", lambda *_: pytest.fail("checked again"))
+        patch.setattr("megatron_syne.data.tokens.reader.check_index", lambda *_: pytest.fail("checked again"))
         assert IndexedReader(prefix, cache=cache).num_tokens == tokens
     idx = Path(f"{prefix}.idx")
     data = bytearray(idx.read_bytes())

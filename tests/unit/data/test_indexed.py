@@ -12,8 +12,9 @@ import pytest
 from prepared import many_texts, random_documents, write_jsonl, write_tokens
 from token_sources import write_source
 
-from megatron_syne.data.indexed import IndexedReader, IndexedWriter, token_dtype
-from megatron_syne.data.prepare import Job, prepare
+from megatron_syne.data.preparation.prepare import Job, prepare
+from megatron_syne.data.tokens.indexed import IndexedWriter, token_dtype
+from megatron_syne.data.tokens.reader import IndexedReader
 from megatron_syne.errors import DataError, MissingInput
 
 
@@ -43,7 +44,9 @@ def test_bytes_are_those_of_megatron_cores_builder(
     import torch
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
-    monkeypatch.setattr("megatron_syne.data.indexed._BLOCK", 7)  # several blocks, the last one not full
+    monkeypatch.setattr(
+        "megatron_syne.data.tokens.indexed._BLOCK", 7
+    )  # several blocks, the last one not full
     documents = random_documents(100)
     write_tokens(tmp_path / "ours", documents, np.dtype(dtype).newbyteorder("<").str)
     builder = IndexedDatasetBuilder(str(tmp_path / "theirs.bin"), dtype=getattr(np, dtype))

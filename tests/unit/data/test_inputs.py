@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 
-from megatron_syne.data.inputs import find_inputs, open_input
-from megatron_syne.data.jsonl import BadLine, Line, record_of, text_of
+from megatron_syne.data.documents.inputs import find_inputs, open_input
+from megatron_syne.data.documents.jsonl import BadLine, Line, record_of, text_of
 from megatron_syne.errors import DataError, MissingInput
 
 GOOD = b'{"text": "good"}\n'
@@ -197,7 +197,7 @@ def test_memory_does_not_follow_a_huge_line_or_a_bomb(tmp_path: Path, kind: str)
             stream.write(zstd(piece * 300))
     code = (
         "import resource, sys\n"
-        "from megatron_syne.data.inputs import open_input\n"
+        "from megatron_syne.data.documents.inputs import open_input\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "chunks = open_input(sys.argv[1], max_line_bytes=1 << 23).chunks()\n"
         "print(sum(line.length for chunk in chunks for line in chunk))\n"
@@ -262,7 +262,7 @@ def test_a_folder_stands_for_its_files_sorted(tmp_path: Path) -> None:
 
 def test_standard_input_packed_or_not() -> None:
     code = (
-        "from megatron_syne.data.inputs import open_input\n"
+        "from megatron_syne.data.documents.inputs import open_input\n"
         "source = open_input('-')\n"
         "print(sum(len(chunk) for chunk in source.chunks()), source.size, source.sha256)\n"
     )

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_syne.data.inputs import open_input
-from megatron_syne.data.jsonl import BadLine, Line, number_in, record_of, text_of
+from megatron_syne.data.documents.inputs import open_input
+from megatron_syne.data.documents.jsonl import BadLine, Line, number_in, record_of, text_of
 
 
 def read(path: Path) -> list[str | BadLine | None]:

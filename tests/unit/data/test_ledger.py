@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_syne.config.schema import DataConfig, RunConfig, SourceConfig, StageConfig, TrainConfig
-from megatron_syne.data.ledger import check_ledger, check_sources, make_ledger, source_options
-from megatron_syne.data.mixture import MixturePlan, plan_mixture, resume_plan
-from megatron_syne.data.supply import check_supply
+from megatron_syne.data.mixture.ledger import check_ledger, check_sources, make_ledger, source_options
+from megatron_syne.data.mixture.planning import MixturePlan, plan_mixture, resume_plan
+from megatron_syne.data.mixture.supply import check_supply
 from megatron_syne.errors import ConfigError, DataError
 
 FACTS = {

@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_syne.config.schema import DataConfig, RunConfig, SourceConfig, StageConfig, TrainConfig
-from megatron_syne.data import interleave
-from megatron_syne.data.mixture import MixturePlan, plan_mixture
-from megatron_syne.data.plan_report import describe_plan, mixture_over_tokens, plan_table
-from megatron_syne.data.shares import apportion
+from megatron_syne.data.mixture import interleave
+from megatron_syne.data.mixture.planning import MixturePlan, plan_mixture
+from megatron_syne.data.mixture.report import describe_plan, mixture_over_tokens, plan_table
+from megatron_syne.data.mixture.shares import apportion
 from megatron_syne.errors import ConfigError
 
 ZH = {"web": 0.70, "encyclopedia": 0.05, "book": 0.20, "qa_forum": 0.05}
@@ -247,7 +247,7 @@ def test_mock_plan() -> None:
 
 
 def test_needs_no_torch(repository: Path) -> None:
-    code = "import sys, megatron_syne.data.mixture; sys.exit('torch' in sys.modules)"
+    code = "import sys, megatron_syne.data.mixture.planning; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=repository).returncode == 0
 
 

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_syne.data import orders
-from megatron_syne.data.orders import ordered_by, permutation, stable_argsort, subset
+from megatron_syne.data.tokens import orders
+from megatron_syne.data.tokens.orders import ordered_by, permutation, stable_argsort, subset
 
 
 def test_the_shuffle_is_the_same_on_every_machine() -> None:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_syne.data.packing import best_fit
+from megatron_syne.data.tokens.packing import best_fit
 
 
 def plain_best_fit_decreasing(lengths: list[int], capacity: int) -> Counter[int]:

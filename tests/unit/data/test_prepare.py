@@ -16,12 +16,12 @@ import numpy as np
 import pytest
 from prepared import TEXTS, many_texts, write_jsonl
 
-from megatron_syne.data import prepare as room
-from megatron_syne.data.atomic import Outputs
-from megatron_syne.data.indexed import IndexedReader
-from megatron_syne.data.inputs import open_input
-from megatron_syne.data.prepare import Job, prepare
+from megatron_syne.data.documents.atomic import Outputs
+from megatron_syne.data.documents.inputs import open_input
+from megatron_syne.data.preparation import prepare as room
+from megatron_syne.data.preparation.prepare import Job, prepare
 from megatron_syne.data.tokenizer import load_tokenizer
+from megatron_syne.data.tokens.reader import IndexedReader
 from megatron_syne.errors import CannotCreate, ConfigError, DataError, MissingInput, SecurityRefusal
 
 
@@ -241,7 +241,7 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path, tokenizer_dir: Path) -> None
         "import resource, signal, sys\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
-        "from megatron_syne.data.prepare import Job, prepare\n"
+        "from megatron_syne.data.preparation.prepare import Job, prepare\n"
         "prepare(Job([sys.argv[1]], sys.argv[2], sys.argv[3]))\n"
     )
     arguments = [str(source), str(tokenizer_dir), str(out / "x")]

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from prepared import many_texts, write_jsonl
 
-from megatron_syne.data.prepare import Job, prepare
+from megatron_syne.data.preparation.prepare import Job, prepare
 from megatron_syne.data.tokenizer import load_tokenizer
 
 
@@ -79,7 +79,7 @@ def test_same_bytes_as_megatron_lms_script(tmp_path: Path, shared_data: Path, eo
 
 
 def test_bos_is_put_before_each_document(tmp_path: Path, tokenizer_dir: Path) -> None:
-    from megatron_syne.data.indexed import IndexedReader
+    from megatron_syne.data.tokens.reader import IndexedReader
 
     texts = many_texts(20)
     source = write_jsonl(tmp_path / "a.jsonl", texts)

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from prepared import TEXTS, many_texts, write_jsonl
 
-from megatron_syne.data.indexed import IndexedReader
+from megatron_syne.data.tokens.reader import IndexedReader
 
 
 def run(repository: Path, *arguments: str | Path, stdin: bytes = b"") -> subprocess.CompletedProcess[bytes]:

@@ -20,17 +20,17 @@ from typing import Any
 import pytest
 from prepared import many_texts, write_jsonl
 
-from megatron_syne.data import encode
-from megatron_syne.data import prepare as room
-from megatron_syne.data.blocks import Block
-from megatron_syne.data.encode import encode_block
-from megatron_syne.data.prepare import Job, prepare
+from megatron_syne.data.documents.blocks import Block
+from megatron_syne.data.preparation import encode
+from megatron_syne.data.preparation import prepare as room
+from megatron_syne.data.preparation.encode import encode_block
+from megatron_syne.data.preparation.prepare import Job, prepare
 from megatron_syne.errors import CannotCreate, DataError
 
 RUN = """
 import functools, json, sys
-from megatron_syne.data import encode
-from megatron_syne.data import prepare as room
+from megatron_syne.data.preparation import encode
+from megatron_syne.data.preparation import prepare as room
 room.JOURNAL_SECONDS, room._BYTES_PER_WORKER, room._PACKED_PER_WORKER = 0.0, 1, 1
 room.open_input = functools.partial(room.open_input, block_bytes=1 << 14)
 from megatron_syne.errors import run_cli

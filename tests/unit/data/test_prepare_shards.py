@@ -15,11 +15,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from prepared import many_texts, write_jsonl
 
-from megatron_syne.data.indexed import IndexedReader
-from megatron_syne.data.inputs import open_input
-from megatron_syne.data.merge import merge
-from megatron_syne.data.prepare import Job, prepare
-from megatron_syne.data.shards import plan_shard
+from megatron_syne.data.documents.inputs import open_input
+from megatron_syne.data.preparation.merge import merge
+from megatron_syne.data.preparation.prepare import Job, prepare
+from megatron_syne.data.preparation.shards import plan_shard
+from megatron_syne.data.tokens.reader import IndexedReader
 from megatron_syne.errors import CannotCreate, ConfigError, DataError, MissingInput
 
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_syne.data.reweighting import group_members, normalised_changes, reweighted
+from megatron_syne.data.mixture.reweighting import group_members, normalised_changes, reweighted
 from megatron_syne.errors import ConfigError
 
 

@@ -10,9 +10,9 @@ import numpy as np
 from prepared import write_tokens
 
 from megatron_syne.config.schema import SourceConfig
-from megatron_syne.data.index_cache import IndexCache
-from megatron_syne.data.indexed import IndexedReader
-from megatron_syne.data.streams import SourceDocuments
+from megatron_syne.data.tokens.index_cache import IndexCache
+from megatron_syne.data.tokens.reader import IndexedReader
+from megatron_syne.data.tokens.streams import SourceDocuments
 
 EOS = 7
 

@@ -10,7 +10,7 @@ import pytest
 
 from megatron_syne.config.loader import load_config
 from megatron_syne.config.schema import RunConfig
-from megatron_syne.data.mixture import MixturePlan, plan_mixture
+from megatron_syne.data.mixture.planning import MixturePlan, plan_mixture
 from megatron_syne.models.config import resolve_model
 from megatron_syne.parallel.topology import world_size_of
 from megatron_syne.preflight.launch_rules import check_launch

@@ -15,10 +15,10 @@ from megatron_syne.checkpoint.folder import checkpoint_path, seal
 from megatron_syne.config.loader import load_config
 from megatron_syne.data.batches import BatchBuilder, BatchForm
 from megatron_syne.data.build import training_dataset
-from megatron_syne.data.indexed import IndexedReader
-from megatron_syne.data.ledger import make_ledger
-from megatron_syne.data.mixture import plan_mixture
+from megatron_syne.data.mixture.ledger import make_ledger
+from megatron_syne.data.mixture.planning import plan_mixture
 from megatron_syne.data.tokenizer import load_tokenizer
+from megatron_syne.data.tokens.reader import IndexedReader
 from megatron_syne.errors import EXIT_CONFIG, EXIT_DATA, EXIT_NO_INPUT, run_cli
 from megatron_syne.inspection.samples import opened, sample_lines
 from tools import inspect_data, prepare_data

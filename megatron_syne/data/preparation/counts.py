@@ -8,10 +8,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from megatron_syne.data.encode import Encoded
-from megatron_syne.data.indexed import MANIFEST_FORMAT, MANIFEST_VERSION, token_dtype
-from megatron_syne.data.job import TRAIN, Job
+from megatron_syne.data.preparation.encode import Encoded
+from megatron_syne.data.preparation.job import TRAIN, Job
 from megatron_syne.data.tokenizer import Tokenizer
+from megatron_syne.data.tokens.indexed import token_dtype
+from megatron_syne.data.tokens.manifest import MANIFEST_FORMAT, MANIFEST_VERSION
 
 
 @dataclass

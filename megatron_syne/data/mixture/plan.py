@@ -18,8 +18,8 @@ from functools import cached_property
 from operator import add
 from typing import Any, NamedTuple
 
-from megatron_syne.data.interleave import counts_before, place
-from megatron_syne.data.shares import SUM_TOLERANCE, apportion
+from megatron_syne.data.mixture.interleave import counts_before, place
+from megatron_syne.data.mixture.shares import SUM_TOLERANCE, apportion
 from megatron_syne.errors import ConfigError
 
 
@@ -276,14 +276,14 @@ class MixturePlan:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON; :meth:`from_dict` gives an equal plan."""
-        from megatron_syne.data.plan_json import plan_to_dict  # which knows this module
+        from megatron_syne.data.mixture.plan_json import plan_to_dict  # which knows this module
 
         return plan_to_dict(self)
 
     @classmethod
     def from_dict(cls, data: Any, where: str = "plan") -> MixturePlan:
         """The plan of :meth:`to_dict`; DataError names the field that is not as it must be."""
-        from megatron_syne.data.plan_json import plan_from_dict
+        from megatron_syne.data.mixture.plan_json import plan_from_dict
 
         return plan_from_dict(data, where)
 

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from megatron_syne.data.fields import check_field_name
-from megatron_syne.data.fim import FillInMiddle
-from megatron_syne.data.inputs import STDIN
-from megatron_syne.data.jsonl import MAX_LINE_BYTES
+from megatron_syne.data.documents.inputs import STDIN
+from megatron_syne.data.documents.jsonl import MAX_LINE_BYTES
+from megatron_syne.data.preparation.fim import FillInMiddle
+from megatron_syne.data.tokens.fields import check_field_name
 from megatron_syne.errors import ConfigError
 
 TRAIN, VALID = 0, 1

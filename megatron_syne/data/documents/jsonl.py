@@ -1,7 +1,7 @@
 """Lines of JSON as read from a file, and the record, text or number of one; every fault is named by line and byte.
 
 Lines count from 1, bytes are offsets in the file from 0: of a compressed file in its unpacked bytes, of a parquet
-file in the JSON lines that its rows become (line N is row N). :mod:`megatron_syne.data.inputs` makes the lines.
+file in the JSON lines that its rows become (line N is row N). ``inputs`` makes the lines.
 """
 
 from __future__ import annotations

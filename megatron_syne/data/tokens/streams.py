@@ -12,11 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_syne.config.schema import SourceConfig
-from megatron_syne.data.index_cache import CachedArray, Entry, HeldEntry, IndexCache
-from megatron_syne.data.indexed import IndexedReader
-from megatron_syne.data.ledger import source_options
-from megatron_syne.data.orders import Documents, ordered_by, permutation, subset
-from megatron_syne.data.packing import best_fit
+from megatron_syne.data.mixture.ledger import source_options
+from megatron_syne.data.tokens.index_cache import CachedArray, Entry, HeldEntry, IndexCache
+from megatron_syne.data.tokens.orders import Documents, ordered_by, permutation, subset
+from megatron_syne.data.tokens.packing import best_fit
+from megatron_syne.data.tokens.reader import IndexedReader
 from megatron_syne.errors import DataError
 
 _GROUP = 64  # documents to one stored end

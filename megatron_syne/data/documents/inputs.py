@@ -17,8 +17,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from megatron_syne.data.blocks import PIECE, Block, lines_of, unpacked, whole_of
-from megatron_syne.data.jsonl import MAX_LINE_BYTES, Line
+from megatron_syne.data.documents.blocks import PIECE, Block, lines_of, unpacked, whole_of
+from megatron_syne.data.documents.jsonl import MAX_LINE_BYTES, Line
 from megatron_syne.errors import ConfigError, DataError, MissingInput
 
 BLOCK_BYTES = 1 << 20

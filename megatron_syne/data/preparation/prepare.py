@@ -14,18 +14,24 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from typing import Any, BinaryIO
 
-from megatron_syne.data.atomic import Outputs
-from megatron_syne.data.blocks import Block
-from megatron_syne.data.counts import Progress, Totals, counts_of, manifest_bytes, manifest_of
-from megatron_syne.data.encode import Encoded, encode_all
-from megatron_syne.data.fields import NumberWriter, stale_fields
-from megatron_syne.data.indexed import IndexedWriter, token_dtype
-from megatron_syne.data.inputs import BLOCK_BYTES, STDIN, InputFile, find_inputs, open_input
-from megatron_syne.data.job import TRAIN, VALID, Job, check_inputs, check_job
-from megatron_syne.data.journal import Journal, request_of
-from megatron_syne.data.jsonl import Line
-from megatron_syne.data.shards import Part, finished_shard, lines_before, plan_shard, shard_request
+from megatron_syne.data.documents.atomic import Outputs
+from megatron_syne.data.documents.blocks import Block
+from megatron_syne.data.documents.inputs import BLOCK_BYTES, STDIN, InputFile, find_inputs, open_input
+from megatron_syne.data.documents.jsonl import Line
+from megatron_syne.data.preparation.counts import Progress, Totals, counts_of, manifest_bytes, manifest_of
+from megatron_syne.data.preparation.encode import Encoded, encode_all
+from megatron_syne.data.preparation.job import TRAIN, VALID, Job, check_inputs, check_job
+from megatron_syne.data.preparation.journal import Journal, request_of
+from megatron_syne.data.preparation.shards import (
+    Part,
+    finished_shard,
+    lines_before,
+    plan_shard,
+    shard_request,
+)
 from megatron_syne.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_syne.data.tokens.fields import NumberWriter, stale_fields
+from megatron_syne.data.tokens.indexed import IndexedWriter, token_dtype
 from megatron_syne.errors import CannotCreate, ConfigError, DataError
 
 __all__ = ["Job", "prepare"]

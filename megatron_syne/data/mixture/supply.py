@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from megatron_syne.config.loader import config_origin
 from megatron_syne.config.schema import RunConfig, SourceConfig
-from megatron_syne.data.plan import MixturePlan
+from megatron_syne.data.mixture.plan import MixturePlan
 from megatron_syne.errors import ConfigError
 
 

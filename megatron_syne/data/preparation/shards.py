@@ -11,9 +11,9 @@ import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from megatron_syne.data.inputs import check_file, is_plain_jsonl
-from megatron_syne.data.job import Job
-from megatron_syne.data.journal import request_of
+from megatron_syne.data.documents.inputs import check_file, is_plain_jsonl
+from megatron_syne.data.preparation.job import Job
+from megatron_syne.data.preparation.journal import request_of
 from megatron_syne.errors import CannotCreate
 
 _PIECE = 1 << 20

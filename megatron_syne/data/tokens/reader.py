@@ -1,135 +1,23 @@
-"""Token files: megatron-core's ``.bin/.idx`` format, plus the ``.json`` manifest that describes them.
-
-``.bin`` holds the token ids of all documents one after another. ``.idx`` holds, little-endian::
-
-    9 bytes   "MMIDIDX\\0\\0"
-    uint64    version, 1
-    uint8     type of a token: 8 = uint16, 4 = int32
-    uint64    S = number of sequences
-    uint64    D = number of document boundaries (documents + 1)
-    int32[S]  tokens of each sequence
-    int64[S]  byte of the .bin at which each sequence begins
-    int64[D]  first sequence of each document, then S
-
-What is written here is byte-identical with megatron-core's ``IndexedDatasetBuilder``, and either side reads
-the other's files; written again so that preparing and planning need neither torch nor megatron-core.
-"""
+"""Token files, read: opened without loading them, checked whole once, damage named."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
-import stat
-import struct
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_syne.data.index_cache import Entry, IndexCache, OpenFile
-from megatron_syne.data.index_check import IndexArrays, check_index, document_extents
-from megatron_syne.errors import DataError, MissingInput
+from megatron_syne.data.tokens.index_cache import Entry, IndexCache, OpenFile
+from megatron_syne.data.tokens.index_check import IndexArrays, check_index, document_extents
+from megatron_syne.data.tokens.indexed import IDX_HEADER, IDX_MAGIC, TOKEN_CODES
+from megatron_syne.data.tokens.manifest import file_sha256, read_manifest, require_file
+from megatron_syne.errors import DataError
 
-MANIFEST_FORMAT = "megatron_syne.tokens"
-MANIFEST_VERSION = 1
-
-_MAGIC = b"MMIDIDX\x00\x00"
-_HEADER = struct.Struct("<9sQBQQ")
-IDX_HEADER_BYTES = _HEADER.size
-_CODES: dict[int, np.dtype[Any]] = {8: np.dtype("<u2"), 4: np.dtype("<i4")}
 _BLOCK = 1 << 20
-_MAX_MANIFEST_BYTES = 1 << 26
-
-
-def token_dtype(vocab_size: int) -> np.dtype[Any]:
-    """Smallest type of a token, by megatron-core's rule (``DType.optimal_dtype``)."""
-    return _CODES[8] if vocab_size < 65500 else _CODES[4]
-
-
-class IndexedWriter:
-    """Write documents to a ``.bin`` and its ``.idx``, both open for writing and reading (``r+b``, ``w+b``).
-
-    Memory does not grow with the documents: their lengths go straight to their place in the index, and
-    ``finish`` reads them back for what follows there.
-    """
-
-    def __init__(self, bin_stream: BinaryIO, idx_stream: BinaryIO, dtype: np.dtype[Any]) -> None:
-        self._bin, self._idx, self._dtype = bin_stream, idx_stream, dtype
-        self._digest = hashlib.sha256()
-        self._idx.write(bytes(_HEADER.size))  # no reader takes it for an index before ``finish``
-        self.tokens = 0
-        self.documents = 0
-
-    def add(self, tokens: NDArray[Any], lengths: NDArray[Any]) -> None:
-        """Append documents given as their concatenated tokens and their lengths (one sequence each)."""
-        assert int(lengths.sum()) == tokens.size
-        self.add_tokens(np.ascontiguousarray(tokens, dtype=self._dtype).tobytes())
-        self.add_lengths(lengths)
-
-    def add_tokens(self, data: bytes) -> None:
-        """Append to the ``.bin`` alone; ``add_lengths`` must make it good."""
-        self._bin.write(data)
-        self._digest.update(data)
-        self.tokens += len(data) // self._dtype.itemsize
-
-    def add_lengths(self, lengths: NDArray[Any]) -> None:
-        """Append to the ``.idx`` alone."""
-        self._idx.write(np.ascontiguousarray(lengths, dtype="<i4").tobytes())
-        self.documents += len(lengths)
-
-    def bin_sha256(self) -> str:
-        """SHA-256 of the ``.bin`` so far."""
-        return self._digest.hexdigest()
-
-    def resume(self, tokens: int, documents: int) -> None:
-        """Go on behind so much of what both files already hold; the rest of them is cut off."""
-        self.tokens, self.documents = tokens, documents
-        self._idx.seek(_HEADER.size + 4 * documents)
-        self._idx.truncate()
-        self._digest = hashlib.sha256()
-        self._bin.seek(0)
-        left = tokens * self._dtype.itemsize
-        while block := self._bin.read(min(_BLOCK, left)):
-            self._digest.update(block)
-            left -= len(block)
-        self._bin.truncate()
-
-    def finish(self) -> dict[str, dict[str, Any]]:
-        """Write the index; returns size and SHA-256 of both files, as the manifest has them."""
-        count, item = self.documents, self._dtype.itemsize
-        code = next(code for code, dtype in _CODES.items() if dtype == self._dtype)
-        header = _HEADER.pack(_MAGIC, 1, code, count, count + 1)
-        digest = hashlib.sha256(header)
-        for begin in range(0, count, _BLOCK):
-            digest.update(self._lengths(begin).tobytes())
-        at = 0
-        for begin in range(0, count, _BLOCK):
-            ends = at + np.cumsum(self._lengths(begin), dtype=np.int64) * item
-            self._put(np.concatenate(([at], ends[:-1])).astype("<i8").tobytes(), digest)
-            at = int(ends[-1])
-        assert at == self.tokens * item
-        for begin in range(0, count + 1, _BLOCK):
-            self._put(np.arange(begin, min(begin + _BLOCK, count + 1), dtype="<i8").tobytes(), digest)
-        size = self._idx.seek(0, os.SEEK_END)
-        self._idx.seek(0)
-        self._idx.write(header)
-        self._idx.seek(0, os.SEEK_END)
-        return {
-            "bin": {"bytes": at, "sha256": self._digest.hexdigest()},
-            "idx": {"bytes": size, "sha256": digest.hexdigest()},
-        }
-
-    def _lengths(self, begin: int) -> NDArray[np.int32]:
-        self._idx.seek(_HEADER.size + 4 * begin)
-        return np.frombuffer(self._idx.read(4 * min(_BLOCK, self.documents - begin)), dtype="<i4")
-
-    def _put(self, data: bytes, digest: hashlib._Hash) -> None:
-        self._idx.seek(0, os.SEEK_END)
-        self._idx.write(data)
-        digest.update(data)
 
 
 class IndexedReader:
@@ -149,7 +37,7 @@ class IndexedReader:
             Path(self.prefix + suffix) for suffix in (".bin", ".idx", ".json")
         )
         for file in (self.bin_path, self.idx_path):
-            _require_file(file, "tokenise the source with tools/prepare_data.py")
+            require_file(file, "tokenise the source with tools/prepare_data.py")
         self._cache = cache or IndexCache(None)
         self._bin = OpenFile(self.bin_path)
         self._idx = OpenFile(self.idx_path)
@@ -174,24 +62,24 @@ class IndexedReader:
     def _map_index(self) -> IndexArrays:
         idx, size = self.idx_path, os.path.getsize(self.idx_path)
         with open(idx, "rb") as stream:
-            header = stream.read(_HEADER.size)
-        if len(header) < _HEADER.size:
-            raise DataError(f"{idx}: truncated: {size} bytes, the header alone has {_HEADER.size}")
-        magic, version, code, sequences, boundaries = _HEADER.unpack(header)
-        if magic != _MAGIC:
-            raise DataError(f"{idx}: not an index: starts with {magic!r}, expected {_MAGIC!r}")
+            header = stream.read(IDX_HEADER.size)
+        if len(header) < IDX_HEADER.size:
+            raise DataError(f"{idx}: truncated: {size} bytes, the header alone has {IDX_HEADER.size}")
+        magic, version, code, sequences, boundaries = IDX_HEADER.unpack(header)
+        if magic != IDX_MAGIC:
+            raise DataError(f"{idx}: not an index: starts with {magic!r}, expected {IDX_MAGIC!r}")
         if version != 1:
             raise DataError(f"{idx}: version {version}; this program reads version 1")
-        if code not in _CODES:
+        if code not in TOKEN_CODES:
             raise DataError(f"{idx}: token type {code}; expected 8 (uint16) or 4 (int32)")
-        expected = _HEADER.size + 12 * sequences + 8 * boundaries
+        expected = IDX_HEADER.size + 12 * sequences + 8 * boundaries
         if size != expected:
             raise DataError(
                 f"{idx}: {size} bytes, expected {expected} for {sequences} sequences and {boundaries} "
                 f"document boundaries: truncated or damaged; prepare it again"
             )
-        self.dtype = _CODES[code]
-        at = _HEADER.size
+        self.dtype = TOKEN_CODES[code]
+        at = IDX_HEADER.size
         # As plain arrays: a memmap's own indexing costs ten times as much
         lengths, pointers, bounds = (
             np.memmap(idx, kind, "r", begin, (count,)).view(np.ndarray) if count else np.zeros(0, kind)
@@ -277,14 +165,14 @@ class IndexedReader:
         """
         if self._starts is not None:
             return int(self._starts[document])
-        at = _HEADER.size + 4 * len(self.document_lengths) + 8 * document
+        at = IDX_HEADER.size + 4 * len(self.document_lengths) + 8 * document
         return int.from_bytes(os.pread(self._idx.descriptor, 8, at), "little") // self.dtype.itemsize
 
     def document_length(self, document: int) -> int:
         """Tokens of a document; not by the mapping either."""
         if self._starts is not None:
             return int(self.document_lengths[document])
-        return int.from_bytes(os.pread(self._idx.descriptor, 4, _HEADER.size + 4 * document), "little")
+        return int.from_bytes(os.pread(self._idx.descriptor, 4, IDX_HEADER.size + 4 * document), "little")
 
     def read(self, start: int, count: int) -> NDArray[Any]:
         """``count`` tokens from token ``start`` of the file; DataError, OSError."""
@@ -323,7 +211,7 @@ class IndexedReader:
         """A number kept with each document (``prepare_data.py --keep``), mapped and held to its SHA-256."""
         expected = self.field_sha256(name)
         path = Path(f"{self.prefix}.{name}.npy")
-        _require_file(path, "prepare the source again")
+        require_file(path, "prepare the source again")
         if (found := file_sha256(path)) != expected:
             raise DataError(f"{path}: SHA-256 is {found}, the manifest says {expected}: damaged or changed")
         try:
@@ -374,62 +262,3 @@ class IndexedReader:
             raise DataError(f"{self.manifest_path}: no manifest to verify against")
         for name, path in (("bin", self.bin_path), ("idx", self.idx_path)):
             self._hold_to_manifest(name, path, file_sha256(path))
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file, read in blocks."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as stream:
-        while block := stream.read(_BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-_FIELDS: dict[str, type] = {
-    "dtype": str,
-    "max_token_id": int,
-    "counts.documents": int,
-    "counts.tokens": int,
-    "tokenizer.vocab_size": int,
-    "tokenizer.fingerprint": str,
-    "files.bin.bytes": int,
-    "files.bin.sha256": str,
-    "files.idx.bytes": int,
-    "files.idx.sha256": str,
-}
-
-
-def read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest, with the fields that are used checked for presence and type (MissingInput, DataError)."""
-    _require_file(
-        path, "the preparation did not finish, or another tool made these files; prepare them again"
-    )
-    if (size := path.stat().st_size) > _MAX_MANIFEST_BYTES:
-        raise DataError(f"{path}: {size} bytes is no manifest (limit {_MAX_MANIFEST_BYTES})")
-    try:
-        manifest = json.loads(path.read_bytes().decode("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: not valid JSON: {error}") from None
-    if not isinstance(manifest, dict) or manifest.get("format") != MANIFEST_FORMAT:
-        raise DataError(f"{path}: not a manifest of prepared tokens (format {MANIFEST_FORMAT!r} expected)")
-    if manifest.get("version") != MANIFEST_VERSION:
-        raise DataError(
-            f"{path}: version {manifest.get('version')!r}; this program reads {MANIFEST_VERSION}; "
-            f"prepare it again"
-        )
-    for field, kind in _FIELDS.items():
-        value: Any = manifest
-        for part in field.split("."):
-            value = value.get(part) if isinstance(value, dict) else None
-        if type(value) is not kind:
-            raise DataError(f"{path}: field {field} must be a {kind.__name__}, found {value!r}")
-    return manifest
-
-
-def _require_file(path: Path, remedy: str) -> None:
-    try:
-        mode = path.stat().st_mode
-    except OSError as error:
-        raise MissingInput(f"{path}: {error.strerror}; {remedy}") from None
-    if not stat.S_ISREG(mode):
-        raise DataError(f"{path}: not a regular file")

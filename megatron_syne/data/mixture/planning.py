@@ -10,9 +10,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from megatron_syne.config.schema import RunConfig
-from megatron_syne.data.interleave import MOST_SAMPLES
-from megatron_syne.data.ledger import check_ledger
-from megatron_syne.data.plan import (
+from megatron_syne.data.mixture.interleave import MOST_SAMPLES
+from megatron_syne.data.mixture.ledger import check_ledger
+from megatron_syne.data.mixture.plan import (
     Location,
     MixturePlan,
     Segment,
@@ -22,8 +22,8 @@ from megatron_syne.data.plan import (
     closed,
     new_segment,
 )
-from megatron_syne.data.shares import flatten_shares
-from megatron_syne.data.supply import check_supply
+from megatron_syne.data.mixture.shares import flatten_shares
+from megatron_syne.data.mixture.supply import check_supply
 from megatron_syne.errors import ConfigError, DataError
 
 __all__ = [

@@ -12,11 +12,12 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from megatron_syne.data.atomic import Outputs
-from megatron_syne.data.counts import manifest_bytes
-from megatron_syne.data.fields import HEADER_BYTES, NumberWriter
-from megatron_syne.data.indexed import IDX_HEADER_BYTES, IndexedWriter, read_manifest
-from megatron_syne.data.job import shard_prefix
+from megatron_syne.data.documents.atomic import Outputs
+from megatron_syne.data.preparation.counts import manifest_bytes
+from megatron_syne.data.preparation.job import shard_prefix
+from megatron_syne.data.tokens.fields import HEADER_BYTES, NumberWriter
+from megatron_syne.data.tokens.indexed import IDX_HEADER_BYTES, IndexedWriter
+from megatron_syne.data.tokens.manifest import read_manifest
 from megatron_syne.errors import DataError, MissingInput
 
 _PIECE = 1 << 20

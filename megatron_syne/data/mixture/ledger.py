@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from megatron_syne.config.schema import SourceConfig
-from megatron_syne.data.plan import MixturePlan
+from megatron_syne.data.mixture.plan import MixturePlan
 from megatron_syne.errors import ConfigError, DataError
 
 VERSION = 1

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_syne.data.plan import MixturePlan
-from megatron_syne.data.supply import epochs_read
+from megatron_syne.data.mixture.plan import MixturePlan
+from megatron_syne.data.mixture.supply import epochs_read
 
 
 def describe_plan(plan: MixturePlan, token_counts: Mapping[str, int] | None = None) -> dict[str, Any]:

@@ -6,8 +6,8 @@ import dataclasses
 import math
 from typing import Any
 
-from megatron_syne.data.interleave import MOST_SAMPLES, counts_before
-from megatron_syne.data.plan import MixturePlan, Segment, StageRequest, based
+from megatron_syne.data.mixture.interleave import MOST_SAMPLES, counts_before
+from megatron_syne.data.mixture.plan import MixturePlan, Segment, StageRequest, based
 from megatron_syne.errors import DataError
 
 _KINDS = {"str": str, "int": int, "tuple[float, ...]": float, "tuple[int, ...]": int}

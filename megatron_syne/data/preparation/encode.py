@@ -21,12 +21,12 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_syne.data.blocks import Block
-from megatron_syne.data.fim import cut, rearrange
-from megatron_syne.data.indexed import token_dtype
-from megatron_syne.data.job import TRAIN, VALID, Job
-from megatron_syne.data.jsonl import BadLine, Line, number_in, record_of, text_in
+from megatron_syne.data.documents.blocks import Block
+from megatron_syne.data.documents.jsonl import BadLine, Line, number_in, record_of, text_in
+from megatron_syne.data.preparation.fim import cut, rearrange
+from megatron_syne.data.preparation.job import TRAIN, VALID, Job
 from megatron_syne.data.tokenizer import Tokenizer
+from megatron_syne.data.tokens.indexed import token_dtype
 from megatron_syne.errors import IOFault
 
 _BLOCKS_AHEAD = 3

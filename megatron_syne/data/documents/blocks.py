@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple
 
-from megatron_syne.data.jsonl import Line
+from megatron_syne.data.documents.jsonl import Line
 
 # Fed to the unpackers at a time: gzip grows at most 1,032 fold, zstd 32,768 fold (a block of one repeated byte).
 PIECE = {"gzip": 1 << 14, "zstd": 1 << 10}

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_syne.data.orders import stable_argsort
+from megatron_syne.data.tokens.orders import stable_argsort
 
 
 class Bins(NamedTuple):
