@@ -49,7 +49,7 @@ class Counts:
     """Written with ``null``: no token that could be predicted."""
     blank: int = 0
     malformed: int = 0
-    """Set aside in ``OUTPUT.quarantine.jsonl`` (``on_error`` = skip)."""
+    """Set aside in ``_OUTPUT.quarantine.jsonl`` (``on_error`` = skip)."""
     tokens: int = 0
     """Predicted tokens."""
     nll: float = 0.0
@@ -114,7 +114,7 @@ def score_files(
                 text += f", about {_duration(seconds * (1 - share) / (share - share_before))} left"
             show(text)
         if task.on_error == "skip":
-            _write_quarantine(Path(f"{task.output}.quarantine.jsonl"), output.states)
+            _write_quarantine(quarantine_of(Path(task.output)), output.states)
         output.publish()
     return counts
 
@@ -226,6 +226,11 @@ def perplexity(nll: float, tokens: int, place: str) -> float | None:
     if not math.isfinite(mean) or mean > 700:
         raise DataError(f"{place}: the model gives a mean -log p of {mean}; are its weights sound?")
     return float(f"{math.exp(mean):.9g}")
+
+
+def quarantine_of(output: Path) -> Path:
+    """Where malformed lines go: the leading ``_`` keeps them out of a folder given as input."""
+    return output.with_name(f"_{output.name}.quarantine.jsonl")
 
 
 def _write_quarantine(path: Path, states: list[dict[str, Any]]) -> None:

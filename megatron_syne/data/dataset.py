@@ -157,11 +157,11 @@ class StagedDataset:
 
 
 def used_sources(plan: MixturePlan) -> list[str]:
-    """Sources that give at least one sample."""
+    """Sources with a share, be it less than a sample: re-weighting may raise it."""
     return [
         name
         for column, name in enumerate(plan.sources)
-        if any(segment.counts[column] for segment in plan.segments)
+        if any(segment.shares[column] or segment.counts[column] for segment in plan.segments)
     ]
 
 

@@ -10,7 +10,6 @@ from torch import nn
 
 from megatron_syne.config.arithmetic import resolved_deallocate_pipeline_outputs, resolved_overlap_p2p_comm
 from megatron_syne.config.schema import DataConfig, ModelConfig, RunConfig
-from megatron_syne.errors import ConfigError
 from megatron_syne.models.config import padded_vocab_size
 from megatron_syne.models.family import completed
 from megatron_syne.models.rope import rotary_frequencies
@@ -82,16 +81,6 @@ def build_model(config: RunConfig, model: ModelConfig, platform: Platform) -> li
 
     parallel, model = config.parallel, completed(model)
     engine = engine_config(config, model, platform)
-    if (
-        config.data.reset_attention_mask
-        and engine.window_size is not None
-        and not platform.documents_in_windows
-    ):
-        raise ConfigError(
-            f"data.reset_attention_mask with model.window_size={model.window_size} does not run on the "
-            f"{platform.name} platform: the engine's softmax there puts the window's mask in place of the documents'; "
-            "give one of them up"
-        )
     layer, final_norm = platform.layer_spec()
     chunks: list[nn.Module] = []
     for chunk in range(parallel.virtual_pipeline_model_parallel_size or 1):

@@ -23,8 +23,6 @@ class Platform(ABC):
 
     pins_memory = False
     """Whether copies to the device are faster out of pinned memory."""
-    documents_in_windows = True
-    """Whether attention can be kept within documents and within a sliding window at once."""
 
     @property
     @abstractmethod

@@ -189,7 +189,6 @@ class CpuPlatform(Platform):
 
     name = "cpu"
     backend = "gloo"
-    documents_in_windows = False  # the engine's softmax puts the window's mask in place of the one given
 
     @property
     def device(self) -> torch.device:

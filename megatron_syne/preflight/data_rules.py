@@ -94,6 +94,11 @@ def documents_are_told_apart(facts: Facts) -> Problems:
             f"{facts.at('train.micro_batch_size')} with {facts.at('data.reset_attention_mask')} on CUDA: packed "
             f"sequences (THD) come one to a micro-batch; set micro_batch_size to 1"
         )
+    if data.reset_attention_mask and facts.platform == "cpu" and facts.model.window_size is not None:
+        yield (
+            f"{facts.at('data.reset_attention_mask')} with {facts.at('model.window_size')} on the CPU: the engine's "
+            f"softmax there puts the window's mask in place of the documents'; give one of them up"
+        )
 
 
 def sequences_fit(facts: Facts) -> Problems:

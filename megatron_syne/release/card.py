@@ -153,7 +153,7 @@ def _data(run: RunFacts | None) -> str:
         (
             stage.name if index == 0 else "",
             part.source,
-            f"{100 * part.share:.4g} %",
+            f"{100 * part.share:.3g} %",
             f"{part.tokens:,}",
         )
         for stage in run.stages

@@ -15,9 +15,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from megatron_syne.config.loader import load_config
 from megatron_syne.convert.certificate import verify
 from megatron_syne.convert.engine import convert
 from megatron_syne.convert.formats.detect import open_weights
+from megatron_syne.data.mixture.ledger import make_ledger
+from megatron_syne.data.mixture.planning import plan_mixture
 from megatron_syne.errors import CannotCreate, ConfigError, DataError, MissingInput, SecurityRefusal
 from megatron_syne.release.folder import plan_release, publish
 
@@ -57,8 +60,7 @@ train: {micro_batch_size: 8, global_batch_size: 16}
 checkpoint: {initialize_from: shards}
 launch: {env: {WANDB_API_KEY: 0123456789abcdef0123456789abcdef01234567}}
 """
-STATE = {
-    "state": {"step": 300, "consumed_samples": 4800, "consumed_tokens": 1228800},
+STATE: dict[str, Any] = {
     "layout": {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2, "data_parallel_size": 3},
 }
 ORIGIN = {
@@ -88,6 +90,17 @@ def source(base: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(base, tmp_path / "base"))
 
 
+def write_state(checkpoint: Path, step: int, text: str = RUN) -> None:
+    """``state.json`` of a run of ``text`` at a step, with the ledger that training would have written."""
+    config_file = checkpoint.parent / "of_state.yaml"
+    config_file.write_text(text)
+    plan = plan_mixture(load_config(config_file))
+    config_file.unlink()
+    state = {"step": step, "consumed_samples": 16 * step, "consumed_tokens": 16 * 256 * step}
+    content = {**STATE, "state": state, "data": make_ledger(plan, 16 * step, {})}
+    (checkpoint / "state.json").write_text(json.dumps(content))
+
+
 @pytest.fixture
 def run_dir(base: Path, tmp_path: Path) -> Path:
     """A run folder, its weights kept as Hugging Face folders."""
@@ -95,8 +108,7 @@ def run_dir(base: Path, tmp_path: Path) -> Path:
     for step in (100, 300):
         checkpoint = folder / "checkpoints" / f"iter_{step:07d}"
         shutil.copytree(base, checkpoint)
-        state = {"step": step, "consumed_samples": 16 * step, "consumed_tokens": 16 * 256 * step}
-        (checkpoint / "state.json").write_text(json.dumps({**STATE, "state": state}))
+        write_state(checkpoint, step)
     (folder / "checkpoints" / "iter_0000400.tmp").mkdir()
     (folder / "config.yaml").write_text(RUN)
     (folder / "shards").mkdir()
@@ -191,9 +203,9 @@ def test_card_of_a_run(run_dir: Path, tmp_path: Path) -> None:
         "| Licence | Meta Llama 3 Community License (text: [LICENSE](LICENSE)) |",
         f"1. bilingual_adaptation: {first:,} of {first:,} planned tokens",
         f"2. synthetic_enhancement: {second:,} of {98 * 4096:,} planned tokens",
-        f"| bilingual_adaptation | zh_web | 14 % | {round(0.14 * first):,} |",
-        f"|  | zh_book | 6 % | {round(0.06 * first):,} |",
-        f"|  | en | 80 % | {round(0.8 * first):,} |",
+        f"|  | zh_web | 14 % | {549 * 256:,} |",  # of 3,920 samples
+        f"|  | zh_book | 5.99 % | {235 * 256:,} |",
+        f"| bilingual_adaptation | en | 80 % | {3136 * 256:,} |",
         f"|  | qa | 20 % | {round(0.2 * second):,} |",
         "| Tokens | 1,228,800 |",
         "| Optimizer steps | 300 of 343 planned |",
@@ -232,9 +244,10 @@ def test_card_of_an_earlier_checkpoint(run_dir: Path, tmp_path: Path) -> None:
 def test_what_is_unknown_is_not_made_up(run_dir: Path, tmp_path: Path) -> None:
     (run_dir / "metrics.jsonl").unlink()
     shutil.rmtree(run_dir / "shards")
-    state = json.loads(json.dumps(STATE))
+    file = run_dir / "checkpoints" / "iter_0000300" / "state.json"
+    state = json.loads(file.read_text())
     state["layout"]["data_parallel_size"] = None
-    (run_dir / "checkpoints" / "iter_0000300" / "state.json").write_text(json.dumps(state))
+    file.write_text(json.dumps(state))
     text = card(release(run_dir, tmp_path / "out"))
     assert "| Layout | TP 2 x PP 2 x CP 1 x DP not recorded, distributed optimizer |" in text
     assert "## Evaluation\n\nNot recorded." in text
@@ -364,7 +377,9 @@ def test_private_things_in_the_run_are_found(
     run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MY_API_KEY", "zh-book-5931")
-    (run_dir / "config.yaml").write_text(RUN.replace("zh_book", "zh-book-5931"))
+    text = RUN.replace("zh_book", "zh-book-5931")
+    (run_dir / "config.yaml").write_text(text)
+    write_state(run_dir / "checkpoints" / "iter_0000300", 300, text)
     with pytest.raises(SecurityRefusal, match=r"README.md:\d+: the value of \$MY_API_KEY"):
         release(run_dir, tmp_path / "out")
 
@@ -408,9 +423,10 @@ def test_a_run_without_a_checkpoint(run_dir: Path, tmp_path: Path) -> None:
 def test_hostile_names_stay_in_their_cells(run_dir: Path, tmp_path: Path) -> None:
     text = RUN.replace("bilingual_adaptation", '"a | b\\n# Heading <script>"')
     (run_dir / "config.yaml").write_text(text)
+    write_state(run_dir / "checkpoints" / "iter_0000300", 300, text)
     lines = card(release(run_dir, tmp_path / "out")).splitlines()
     assert "# Heading" not in "".join(line for line in lines if line.startswith("#"))
-    assert any(line.startswith("| a \\| b # Heading &lt;script> | zh_web |") for line in lines)
+    assert any(line.startswith("| a \\| b # Heading &lt;script> | en |") for line in lines)
 
 
 def test_a_training_checkpoint_of_megatron(run_dir: Path, base: Path, tmp_path: Path) -> None:
@@ -421,7 +437,7 @@ def test_a_training_checkpoint_of_megatron(run_dir: Path, base: Path, tmp_path: 
     weights = open_weights(base)
     convert(weights, torch_dist.plan_torch_dist(weights), checkpoint)
     weights.close()
-    (checkpoint / "state.json").write_text(json.dumps(STATE))
+    write_state(checkpoint, 300)
     out = release(run_dir, tmp_path / "out", dtype="fp32")
     assert "- converted from: torch_dist checkpoint `iter_0000300`, step 300 of the run" in card(out)
     first, second = open_weights(base), open_weights(out)

@@ -165,6 +165,14 @@ def test_commands_fit_the_programs(name: str) -> None:
         source = program.read_text(encoding="utf-8")
         if "convert import cli" in source:  # options that the conversion tools share
             source += read("megatron_syne/convert/cli.py")
+        if (
+            "megatron_syne.curation." in source
+        ):  # a table of subcommands: their options stand in their modules
+            source += "".join(
+                file.read_text("utf-8") for file in (ROOT / "megatron_syne/curation").glob("*.py")
+            )
+        if "import prepare_data" in source:  # hands further options on
+            source += read("tools/prepare_data.py")
         for word in rest:
             option = re.match(r"--[a-z][\w-]*", word)
             if option and f'"{option[0]}"' not in source and option[0] not in source:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import json
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -34,9 +35,15 @@ def merge(
     """Merge all shards of ``prefix``, check every byte of them on the way, remove them; returns the manifest.
 
     Raises MissingInput where a shard (of ``shards``, if given) is not finished, DataError where they differ in
-    inputs, options or tokenizer or are damaged, CannotCreate. What was merged before is left alone.
+    inputs, options or tokenizer or are damaged, CannotCreate. What was merged before is left alone. Killed at any
+    moment it is done by giving it again: ``PREFIX.merging`` says how far it was.
     """
     prefix = str(prefix)
+    mark = _Mark(prefix)
+    if (left := mark.merged()) is not None:
+        _remove(left)
+        mark.clear()
+        return read_manifest(Path(f"{prefix}.json"))
     names = _find(prefix, shards)
     if not names:
         if os.path.exists(f"{prefix}.json"):
@@ -48,26 +55,65 @@ def merge(
         )
     manifests = [read_manifest(Path(f"{name}.json")) for name in names]
     _check_alike(names, manifests)
-    with Outputs(overwrite=overwrite) as outputs:
+    with Outputs(overwrite=overwrite or mark.exists()) as outputs:
         merged = _concatenate(prefix, names, manifests, outputs)
         seal = outputs.create(f"{prefix}.json", seal=True)
         merged["sources"] = _join_sources([one for manifest in manifests for one in manifest["sources"]])
         if merged["counts"]["documents"] == 0:
             raise DataError(f"{prefix}: no document is left of {merged['counts']['lines']} lines")
         seal.write(manifest_bytes(merged))
+        mark.set([])
         outputs.publish()
     if not keep_shards:
-        endings = [
-            ".json",
-            ".bin",
-            ".idx",
-            ".quarantine.jsonl",
-            *(f".{field}.npy" for field in merged.get("fields", {})),
-        ]
-        for ending in endings:
-            for name in names:
-                Path(name + ending).unlink(missing_ok=True)
+        endings = [".json", ".bin", ".idx", ".quarantine.jsonl"]
+        endings += [f".{field}.npy" for field in merged.get("fields", {})]
+        left = [name + ending for ending in endings for name in names]
+        mark.set(left)
+        _remove(left)
+    mark.clear()
     return merged
+
+
+class _Mark:
+    """``PREFIX.merging``: there from before the files get their names until the shards are gone."""
+
+    def __init__(self, prefix: str) -> None:
+        self._path = Path(f"{prefix}.merging")
+        self._folder = self._path.parent
+
+    def exists(self) -> bool:
+        """Whether a merge was killed here."""
+        return self._path.exists()
+
+    def merged(self) -> list[str] | None:
+        """Files of shards still to be removed, where everything else was done; else None."""
+        try:
+            names = json.loads(self._path.read_bytes() or b"[]")
+        except (FileNotFoundError, ValueError):  # a kill while it was written: before anything was removed
+            return None
+        known = re.compile(re.escape(self._path.stem) + r"\.shard-\d{5}-of-\d{5}\.[\w.-]+")
+        good = isinstance(names, list) and all(
+            isinstance(name, str) and known.fullmatch(name) for name in names
+        )
+        if not good:
+            raise DataError(f"{self._path}: is not what a merge leaves; remove it and merge again")
+        return [str(self._folder / name) for name in names] or None
+
+    def set(self, left: list[str]) -> None:
+        """Say that files get their names now (``left`` empty), or which files are still to be removed."""
+        with open(self._path, "wb") as stream:
+            stream.write(json.dumps([os.path.basename(name) for name in left]).encode())
+            stream.flush()
+            os.fsync(stream.fileno())
+
+    def clear(self) -> None:
+        """Everything is done."""
+        self._path.unlink(missing_ok=True)
+
+
+def _remove(files: list[str]) -> None:
+    for file in files:
+        Path(file).unlink(missing_ok=True)
 
 
 def _find(prefix: str, shards: int | None) -> list[str]:

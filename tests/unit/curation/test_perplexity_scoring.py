@@ -178,7 +178,7 @@ def test_malformed_lines(tmp_path: Path, tokenizer) -> None:
         score(task_for(tmp_path), tokenizer)
     counts = score(task_for(tmp_path, "skipped", on_error="skip"), tokenizer, part_bytes=20)
     assert (counts.lines, counts.scored, counts.blank, counts.malformed) == (6, 2, 1, 3)
-    aside = (tmp_path / "skipped.jsonl.quarantine.jsonl").read_text().splitlines()
+    aside = (tmp_path / "_skipped.jsonl.quarantine.jsonl").read_text().splitlines()
     assert [json.loads(line)["line"] for line in aside] == [2, 4, 6]
     assert json.loads(aside[2])["raw"].encode("utf-8", "surrogateescape") == b"\xff"
 

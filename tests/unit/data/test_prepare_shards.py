@@ -203,3 +203,49 @@ def test_the_command(tmp_path: Path, tokenizer_dir: Path, repository: Path) -> N
     assert run("--verify", tmp_path / "x").returncode == 0
     for shard in ("1", "a/2", "2/2"):
         assert run(*base, "--shard", shard).returncode == 64
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from megatron_syne.data.preparation.merge import merge
+
+left = [int(sys.argv[2])]
+
+def counted(function):
+    def call(*args, **options):
+        left[0] -= 1
+        if left[0] < 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*args, **options)
+    return call
+
+for name in ("replace", "fsync", "unlink"):
+    setattr(os, name, counted(getattr(os, name)))
+Path.unlink = counted(Path.unlink)
+merge(sys.argv[1])
+"""
+
+
+def test_a_merge_killed_at_any_moment_is_done_by_giving_it_again(
+    tmp_path: Path, tokenizer_dir: Path, repository: Path
+) -> None:
+    """Before each rename, sync and removal in turn, until one run comes through."""
+    source = write_jsonl(tmp_path / "a.jsonl", many_texts(60))
+    job: dict[str, Any] = {"inputs": [source], "tokenizer": tokenizer_dir, "min_tokens": 0}
+    prepare(Job(**job, output_prefix=tmp_path / "one" / "x"))
+    expected, kills = files(tmp_path / "one"), 0
+    for step in range(0, 200, 3):
+        folder = tmp_path / f"many{step}"
+        for index in range(2):
+            prepare(Job(**job, output_prefix=folder / "x", shard=(index, 2)))
+        done = subprocess.run(
+            [sys.executable, "-c", KILLED, str(folder / "x"), str(step)], cwd=repository, timeout=60
+        )
+        if done.returncode == 0:
+            break
+        assert done.returncode == -9
+        kills += 1
+        merge(folder / "x")
+        assert files(folder) == expected, f"killed before step {step}"
+    assert kills > 3 and files(folder) == expected

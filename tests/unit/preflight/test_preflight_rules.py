@@ -456,6 +456,12 @@ def test_documents_told_apart_on_cuda_come_one_to_a_micro_batch(load):
     assert "set micro_batch_size to 1" in refusal(load(REAL, *packed), 1, "cuda")
 
 
+def test_documents_in_windows_are_refused_on_the_cpu(load):
+    both = ["data.reset_attention_mask=true", "model.model_type=mistral", "model.window_size=16"]
+    check(load(REAL, *both), 1, "cuda")
+    assert "give one of them up" in refusal(load(REAL, *both), 1, "cpu")
+
+
 def test_several_problems_are_numbered_in_one_error(load):
     text = refusal(load(MOCK, "train.eval_interval=5", f"{VPP}=2", "precision.fp8=delayed"))
     lines = text.splitlines()
