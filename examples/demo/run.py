@@ -53,7 +53,7 @@ def main() -> None:
     shutil.rmtree(RUNS, ignore_errors=True)
     RUNS.mkdir(parents=True)
     python = sys.executable
-    convert = [python, "tools/convert_checkpoint.py"]
+    convert, inspect = [python, "tools/convert_checkpoint.py"], [python, "tools/inspect_data.py"]
     seconds = {
         "import": step(
             "1 of 4: import the Hugging Face model into TP 2 x PP 2 shards",
@@ -62,12 +62,20 @@ def main() -> None:
             [*convert, "verify", str(RUNS / "shards")],
         ),
         "data": step("2 of 4: tokenise six sources into .bin/.idx", *(_prepare(python, s) for s in SOURCES)),
+        "plan": step(
+            "look before you spend: what the run will read",
+            [*inspect, "plan", "--config", str(CONFIG), "--output", str(RUNS / "mixture.png")],
+        ),
         "train": step(
             f"3 of 4: train, 4 processes, TP 2 x PP 2; stop after step {HALF_WAY} ...",
             [str(ROOT / "launch/local.sh"), str(CONFIG), f"train.exit_interval={HALF_WAY}"],
             expect=75,
         ),
-        "resume": step("... and go on from the checkpoint", [str(ROOT / "launch/local.sh"), str(CONFIG)]),
+        "resume": step(
+            "... and go on from the checkpoint; what was read, by its ledger",
+            [str(ROOT / "launch/local.sh"), str(CONFIG)],
+            [*inspect, "consumed", str(RUNS / "train")],
+        ),
     }  # fmt: skip
     last = max((RUNS / "train" / "checkpoints").glob("iter_*"))
     seconds["export"] = step(
@@ -166,7 +174,7 @@ def summarise(report: dict[str, object], seconds: dict[str, float]) -> None:
         print("  " + " ".join(text.split()))
     print("\nseconds: " + ", ".join(f"{name} {value:.0f}" for name, value in seconds.items()), end="")
     print(f"; all {sum(seconds.values()):.0f}")
-    print("\nlook at it:   tensorboard --logdir runs/demo/train/tensorboard\nthe release:  runs/demo/hf")
+    print("\nlook at it:   tensorboard --logdir runs/demo/train/tensorboard\nthe mixture:  runs/demo/mixture.png\nthe release:  runs/demo/hf")
 
 
 if __name__ == "__main__":
