@@ -174,7 +174,9 @@ def summarise(report: dict[str, object], seconds: dict[str, float]) -> None:
         print("  " + " ".join(text.split()))
     print("\nseconds: " + ", ".join(f"{name} {value:.0f}" for name, value in seconds.items()), end="")
     print(f"; all {sum(seconds.values()):.0f}")
-    print("\nlook at it:   tensorboard --logdir runs/demo/train/tensorboard\nthe mixture:  runs/demo/mixture.png\nthe release:  runs/demo/hf")
+    print(
+        "\nlook at it:   tensorboard --logdir runs/demo/train/tensorboard\nthe mixture:  runs/demo/mixture.png\nthe release:  runs/demo/hf"
+    )
 
 
 if __name__ == "__main__":
