@@ -32,6 +32,7 @@ REQUIRES = [
     "blake3>=1",
     "matplotlib>=3.8",
     "numpy>=1.26",
+    "orjson>=3.10",
     "packaging>=24",
     "psutil>=6",
     "PyYAML>=6",

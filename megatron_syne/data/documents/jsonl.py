@@ -11,6 +11,8 @@ import math
 import re
 from typing import Any, NamedTuple
 
+import orjson
+
 MAX_LINE_BYTES = 1 << 26
 
 _ESCAPE = re.compile(rb"\\(?:u([0-9a-fA-F]{4})|.)", re.DOTALL)
@@ -53,6 +55,14 @@ def record_of(line: Line) -> dict[str, Any] | None:
     cut = "" if line.plain or raw.endswith(b"\n") else " (the file ends inside this line: truncated?)"
     if (nul := raw.find(b"\0")) >= 0:
         raise BadLine("NUL byte", start + nul)
+    if not line.plain:
+        try:
+            record = orjson.loads(raw)
+        except orjson.JSONDecodeError:
+            pass  # the standard library says where, and takes some that are stricter here (NaN, deep nesting)
+        else:
+            if isinstance(record, dict):
+                return record
     try:
         decoded = raw.decode("utf-8")
     except UnicodeDecodeError as error:
