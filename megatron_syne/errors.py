@@ -107,11 +107,15 @@ def run_cli(main: Callable[[], int | None]) -> int:
         return EXIT_IO
 
 
+DISK_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG)
+"""What a disk answers that is full, over quota or failing, and a limit on the size of files."""
+
+
 def disk_fault(error: BaseException) -> OSError | None:
     """The disk's refusal (full, over quota, I/O error) that an error is or was caused by, or None."""
     seen: BaseException | None = error
     while seen is not None:
-        if isinstance(seen, OSError) and seen.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+        if isinstance(seen, OSError) and seen.errno in DISK_ERRNOS:
             return seen
         seen = seen.__cause__ or seen.__context__
     return None

@@ -18,7 +18,6 @@ and the nearest valid key; several problems are reported together. YAML tags tha
 from __future__ import annotations
 
 import dataclasses
-import errno
 import math
 import os
 import tempfile
@@ -40,7 +39,7 @@ from megatron_syne.config.tree import (
     resolve_scalar,
     show_path,
 )
-from megatron_syne.errors import CannotCreate, ConfigError
+from megatron_syne.errors import DISK_ERRNOS, CannotCreate, ConfigError
 
 COMMAND_LINE = Origin()
 
@@ -81,7 +80,7 @@ def save_resolved(config: RunConfig, path: str | os.PathLike[str]) -> None:
     try:
         handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+        if error.errno in DISK_ERRNOS:
             raise  # run_cli knows these
         raise CannotCreate(f"{show_path(target)}: cannot be written: {error.strerror}") from None
     try:

@@ -56,11 +56,16 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def start(source: Path, plan: str, out: Path, **options: Any) -> subprocess.Popen[str]:
-    """The conversion in a process of its own, about to begin."""
+    """The conversion in a process of its own, about to begin, and open to ctrl-C: what a shell starts in the
+    background ignores it, and so does all that comes of that."""
     program = PROGRAM.format(here=str(HERE))
     arguments = [sys.executable, "-c", program, str(source), plan, str(out)]
     process = subprocess.Popen(
-        arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
+        arguments,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **{"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL), **options},
     )
     assert process.stdout is not None and process.stdout.readline() == "start\n"
     return process

@@ -18,7 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
 
-from megatron_syne.errors import CannotCreate, SecurityRefusal
+from megatron_syne.errors import DISK_ERRNOS, CannotCreate, SecurityRefusal
 
 _NO_LOCKS_HERE = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
 
@@ -77,7 +77,7 @@ class Outputs:
             final.parent.mkdir(parents=True, exist_ok=True)
             stream = _claim(temporary, empty=not keep)
         except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+            if error.errno in DISK_ERRNOS:
                 raise
             raise CannotCreate(f"{temporary}: cannot be created: {error.strerror}") from None
         self._outputs.append(_Output(final, temporary, stream, seal, optional, scratch))

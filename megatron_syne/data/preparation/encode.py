@@ -1,22 +1,11 @@
-"""Blocks of lines to tokens, in this process or in several; the bytes are the same for any number of them.
-
-A worker gets whole blocks of bytes and gives back flat arrays: the process that reads and writes neither parses
-nor looks at a token, so that it can feed many.
-"""
+"""A block of lines to tokens: a pure function, so the bytes do not depend on where it runs (see ``workers``)."""
 
 from __future__ import annotations
 
 import hashlib
-import multiprocessing
-import os
-import signal
-import threading
-from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,11 +16,6 @@ from megatron_syne.data.preparation.fim import cut, rearrange
 from megatron_syne.data.preparation.job import TRAIN, VALID, Job
 from megatron_syne.data.tokenizer import Tokenizer
 from megatron_syne.data.tokens.indexed import token_dtype
-from megatron_syne.errors import IOFault
-
-_BLOCKS_AHEAD = 3
-
-Source = TypeVar("Source")
 
 
 @dataclass
@@ -144,60 +128,3 @@ def _tokens_of(
             documents.append(rearrange(three, found.suffix_first, sentinels, dtype))
             counts.append(sum(piece.size for piece in three))
     return documents, counts
-
-
-def encode_all(
-    blocks: Iterable[tuple[Source, Block]], tokenizer: Tokenizer, job: Job, workers: int
-) -> Iterator[tuple[Source, Block, Encoded]]:
-    """Every block with what it became, in order; ``workers`` below 2 = in this process."""
-    if workers < 2:
-        for source, block in blocks:
-            yield source, block, encode_block(block, tokenizer, job)
-        return
-    context = multiprocessing.get_context("spawn")  # a forked copy of threads of tokenizers can hang
-    pool = ProcessPoolExecutor(
-        workers, mp_context=context, initializer=_start_worker, initargs=(tokenizer, job)
-    )
-    waiting: deque[tuple[Source, Block, Future[Encoded]]] = deque()
-    try:
-        for source, block in blocks:
-            waiting.append((source, block._replace(data=b""), pool.submit(_encode_in_worker, block)))
-            if len(waiting) >= _BLOCKS_AHEAD * workers:
-                yield _first(waiting)
-        while waiting:
-            yield _first(waiting)
-    except BrokenProcessPool:
-        raise IOFault(
-            "a tokenising worker died (out of memory?); start again, with fewer --workers if it repeats"
-        ) from None
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _first(waiting: deque[tuple[Source, Block, Future[Encoded]]]) -> tuple[Source, Block, Encoded]:
-    source, block, future = waiting.popleft()
-    return source, block, future.result()
-
-
-_worker: tuple[Tokenizer, Job] | None = None
-
-
-def _start_worker(tokenizer: Tokenizer, job: Job) -> None:
-    global _worker
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent answers for ctrl-C
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
-    threading.Thread(target=_leave_with_parent, daemon=True).start()
-    _worker = (tokenizer, job)
-
-
-def _leave_with_parent() -> None:
-    """A parent that is killed outright cannot stop its workers."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
-
-
-def _encode_in_worker(block: Block) -> Encoded:
-    assert _worker is not None
-    return encode_block(block, *_worker)

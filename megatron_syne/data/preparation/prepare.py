@@ -19,7 +19,7 @@ from megatron_syne.data.documents.blocks import Block
 from megatron_syne.data.documents.inputs import BLOCK_BYTES, STDIN, InputFile, find_inputs, open_input
 from megatron_syne.data.documents.jsonl import Line
 from megatron_syne.data.preparation.counts import Progress, Totals, counts_of, manifest_bytes, manifest_of
-from megatron_syne.data.preparation.encode import Encoded, encode_all
+from megatron_syne.data.preparation.encode import Encoded
 from megatron_syne.data.preparation.job import TRAIN, VALID, Job, check_inputs, check_job
 from megatron_syne.data.preparation.journal import Journal, request_of
 from megatron_syne.data.preparation.shards import (
@@ -29,6 +29,7 @@ from megatron_syne.data.preparation.shards import (
     plan_shard,
     shard_request,
 )
+from megatron_syne.data.preparation.workers import Workers
 from megatron_syne.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_syne.data.tokens.fields import NumberWriter, stale_fields
 from megatron_syne.data.tokens.indexed import IndexedWriter, token_dtype
@@ -55,6 +56,26 @@ def prepare(
     check_inputs(files)
     parts = [Part(file) for file in files] if job.shard is None else plan_shard(files, *job.shard)
     inputs = [_open(part, job) for part in parts]
+    with Workers(_worker_count(job, inputs, files), job) as workers:
+        return _prepare(job, files, parts, inputs, workers, report, say)
+
+
+def _worker_count(job: Job, inputs: Sequence[InputFile], files: Sequence[str]) -> int:
+    """Fewer than asked for where the input is small: each must first get the tokenizer."""
+    packed = any(one.path.endswith((".gz", ".zst", ".parquet")) for one in inputs)
+    room = sum(one.size for one in inputs) // (_PACKED_PER_WORKER if packed else _BYTES_PER_WORKER)
+    return job.workers if STDIN in files else min(job.workers, room)
+
+
+def _prepare(
+    job: Job,
+    files: Sequence[str],
+    parts: Sequence[Part],
+    inputs: Sequence[InputFile],
+    workers: Workers,
+    report: Callable[[str], None] | None,
+    say: Callable[[str], None] | None,
+) -> list[dict[str, Any]]:
     tokenizer = load_tokenizer(job.tokenizer)
     _check_tokens(job, tokenizer)
     if job.shard is not None:
@@ -72,7 +93,7 @@ def prepare(
     with outputs:
         try:
             run = _Run(job, tokenizer, files, parts, inputs, outputs, say)
-            run.encode(Progress(sum(one.size for one in inputs), report))
+            run.encode(workers, Progress(sum(one.size for one in inputs), report))
             return run.publish()
         except DataError:
             outputs.keep_partial = False  # the same inputs would only fail again
@@ -198,14 +219,10 @@ class _Run:
                 column.resume(0)
         return False
 
-    def encode(self, progress: Progress) -> None:
+    def encode(self, workers: Workers, progress: Progress) -> None:
         """Read, tokenise and write everything that is left."""
-        todo = sum(one.size for one in self._inputs)
-        packed = any(one.path.endswith((".gz", ".zst", ".parquet")) for one in self._inputs)
-        room = todo // (_PACKED_PER_WORKER if packed else _BYTES_PER_WORKER)
-        workers = self._job.workers if STDIN in self._files else min(self._job.workers, room)
         before = sum(one.size for one in self._inputs[: self._input])
-        for index, block, encoded in encode_all(self._blocks(), self._tokenizer, self._job, workers):
+        for index, block, encoded in workers.encode(self._blocks(), self._tokenizer):
             if index > self._input:
                 before += sum(one.size for one in self._inputs[self._input : index])
                 self._finish_inputs(index)

@@ -21,15 +21,14 @@ import pytest
 from prepared import many_texts, write_jsonl
 
 from megatron_syne.data.documents.blocks import Block
-from megatron_syne.data.preparation import encode
 from megatron_syne.data.preparation import prepare as room
+from megatron_syne.data.preparation import workers
 from megatron_syne.data.preparation.encode import encode_block
 from megatron_syne.data.preparation.prepare import Job, prepare
 from megatron_syne.errors import CannotCreate, DataError
 
 RUN = """
 import functools, json, sys
-from megatron_syne.data.preparation import encode
 from megatron_syne.data.preparation import prepare as room
 room.JOURNAL_SECONDS, room._BYTES_PER_WORKER, room._PACKED_PER_WORKER = 0.0, 1, 1
 room.open_input = functools.partial(room.open_input, block_bytes=1 << 14)
@@ -80,7 +79,7 @@ def stop_after(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], list[int]]:
             seen.append(block.first_line)
             return encode_block(block, *rest)
 
-        monkeypatch.setattr(encode, "encode_block", counting)
+        monkeypatch.setattr(workers, "encode_block", counting)
         return seen
 
     return set_limit
