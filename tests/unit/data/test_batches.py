@@ -196,6 +196,7 @@ def config(tmp_path: Path, tokenizer_dir: Path) -> RunConfig:
         source = write_jsonl(tmp_path / f"{name}.jsonl", [f"{name} {text}" for text in many_texts(count)])
         prepare(Job([source], tokenizer_dir, tmp_path / name))
     return RunConfig(
+        run_dir=str(tmp_path / "run"),
         data=DataConfig(
             seq_length=32,
             tokenizer_path=str(tokenizer_dir),
