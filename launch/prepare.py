@@ -24,7 +24,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "launch"), str(REPOSITORY / "tools")]
@@ -35,7 +35,8 @@ from array_state import describe_inputs, live_jobs, missing_shards, record_of, s
 from job import read_json, write_json  # noqa: E402
 from slurm import slurm_command, submission_lock  # noqa: E402
 
-from megatron_syne.errors import EXIT_CONFIG, CannotCreate, ConfigError, MissingInput, run_cli  # noqa: E402
+from megatron_syne.command_line import Parser  # noqa: E402
+from megatron_syne.errors import CannotCreate, ConfigError, MissingInput, run_cli  # noqa: E402
 
 NOT_FOR_TASKS = ("shard", "merge", "verify", "overwrite")
 """Options of the tool that this launcher gives by itself, or that would undo finished shards."""
@@ -122,17 +123,9 @@ def _sbatch(*arguments: str) -> str:
 # -- command line --------------------------------------------------------------------------------------------
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:  # argparse would exit with 2
-        self.print_usage(sys.stderr)
-        self.exit(EXIT_CONFIG, f"error: {message}\n")
-
-
 def parse(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
     """Our options, and those that go to ``tools/prepare_data.py``."""
-    parser = _Parser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = Parser(description=__doc__, allow_abbrev=False)
     what = parser.add_argument_group("what")
     what.add_argument("--input", nargs="+", metavar="PATH", help="input files and folders of one source")
     what.add_argument("--output-prefix", help="where it goes; .bin, .idx and .json are appended")

@@ -17,10 +17,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
+from megatron_syne.command_line import ProgressLine
 from megatron_syne.config.loader import load_config
 from megatron_syne.config.schema import DataConfig, ModelConfig, RunConfig, ScheduleConfig, TrainConfig
 from megatron_syne.curation.perplexity_options import (
-    ProgressLine,
     Task,
     add_scoring_arguments,
     task_of,
@@ -125,7 +125,7 @@ def lead(
     """Rank 0's part: read, tokenise, hand out, write; in the end tell the others, if they are still there."""
     from megatron_syne.curation.perplexity_parallel import END, FAILED
 
-    line = ProgressLine()
+    line = ProgressLine(at_once=True)
     identity = {
         "kind": "megatron_syne",
         "dtype": config.precision.params_dtype,
@@ -134,7 +134,7 @@ def lead(
     }
     ended = FAILED
     try:
-        counts = score_files(task, tokenizer, scorer, vocab_size, identity, part_bytes, line)
+        counts = score_files(task, tokenizer, scorer, vocab_size, identity, part_bytes, line.show)
         ended = END
     finally:
         line.end()

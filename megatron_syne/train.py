@@ -81,8 +81,7 @@ def open_inputs(config: RunConfig, model: ModelConfig) -> None:
     """
     from megatron_syne.checkpoint.folder import checkpoint_folders, is_checkpoint, read_manifest
     from megatron_syne.convert.weights import open_source
-    from megatron_syne.data.build import training_dataset, validation_datasets
-    from megatron_syne.data.loader import index_cache
+    from megatron_syne.data.build import index_cache, training_dataset, validation_datasets
 
     if checkpoint_folders(Path(config.run_dir) / "checkpoints"):
         return

@@ -23,6 +23,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_syne.command_line import Parser
 from megatron_syne.convert import cli
 from megatron_syne.errors import run_cli
 
@@ -32,8 +33,8 @@ if TYPE_CHECKING:
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Options; a wrong one exits with 64."""
-    parser = cli.Parser(description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True, parser_class=cli.Parser)
+    parser = Parser(description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
     take = commands.add_parser("import", help="any weights to Megatron shards or a torch_dist checkpoint")
     cli.add_source_option(take)
     cli.add_output_options(take)

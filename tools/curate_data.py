@@ -12,11 +12,10 @@ Exit codes: 64 wrong option, 65 bad input (named by file:line:byte), 66 no such 
 
 from __future__ import annotations
 
-import argparse
-import importlib
 import sys
 
-from megatron_syne.errors import EXIT_CONFIG, run_cli
+from megatron_syne.command_line import run_subcommand
+from megatron_syne.errors import run_cli
 
 COMMANDS = {
     "label-topics": ("topics", "train a topic classifier, or label documents with one"),
@@ -26,24 +25,8 @@ COMMANDS = {
 }
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str):  # argparse would exit with 2
-        self.print_usage(sys.stderr)
-        self.exit(EXIT_CONFIG, f"error: {message}\n")
-
-
 def main(argv: list[str] | None = None) -> int:
-    given = sys.argv[1:] if argv is None else argv
-    parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, (module, summary) in COMMANDS.items():
-        command = commands.add_parser(name, help=summary, description=summary)
-        if given[:1] == [name]:  # only what is asked for is imported
-            chosen = importlib.import_module(f"megatron_syne.curation.{module}")
-            chosen.add_arguments(command)
-            command.set_defaults(run=chosen.run)
-    options = parser.parse_args(given)
-    return int(options.run(options))
+    return run_subcommand(__doc__, "curation", COMMANDS, argv)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_syne.command_line import Parser
 from megatron_syne.convert import cli
 from megatron_syne.errors import run_cli
 
@@ -29,8 +30,8 @@ if TYPE_CHECKING:
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Options; a wrong one exits with 64."""
-    parser = cli.Parser(description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True, parser_class=cli.Parser)
+    parser = Parser(description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
     extend = commands.add_parser("extend-vocab", help="another tokenizer, or one with added tokens")
     extend.add_argument(
         "--tokenizer", dest="new_tokenizer", required=True, type=Path, help="folder of the new tokenizer"
@@ -56,7 +57,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     for command in (extend, expand, deepen):
         cli.add_source_option(command)
     merge = commands.add_parser("merge", help="one model out of several of one shape")
-    ways = merge.add_subparsers(dest="method", required=True, parser_class=cli.Parser)
+    ways = merge.add_subparsers(dest="method", required=True, parser_class=Parser)
     linear = ways.add_parser("linear", help="weighted mean")
     linear.add_argument("--no-normalize", action="store_true", help="take the scales as they are")
     task = ways.add_parser("task-arithmetic", help="base + the sum of scale * (model - base)")

@@ -13,13 +13,11 @@ configuration, 65 damaged input, 66 no such input, 73 the picture cannot be crea
 
 from __future__ import annotations
 
-import argparse
-import importlib
 import os
 import sys
-from typing import NoReturn
 
-from megatron_syne.errors import EXIT_CONFIG, run_cli
+from megatron_syne.command_line import run_subcommand
+from megatron_syne.errors import run_cli
 
 COMMANDS = {
     "documents": ("documents", "what a prepared prefix holds, and its documents as text"),
@@ -30,25 +28,9 @@ COMMANDS = {
 }
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:  # argparse would exit with 2
-        self.print_usage(sys.stderr)
-        self.exit(EXIT_CONFIG, f"error: {message}\n")
-
-
 def main(argv: list[str] | None = None) -> int:
-    given = sys.argv[1:] if argv is None else argv
-    parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, (module, summary) in COMMANDS.items():
-        command = commands.add_parser(name, help=summary, description=summary)
-        if given[:1] == [name]:  # only what is asked for is imported
-            chosen = importlib.import_module(f"megatron_syne.inspection.{module}")
-            chosen.add_arguments(command)
-            command.set_defaults(run=chosen.run)
-    options = parser.parse_args(given)
     try:
-        return int(options.run(options))
+        return run_subcommand(__doc__, "inspection", COMMANDS, argv)
     except BrokenPipeError:  # the reader has seen enough (head, less)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

@@ -22,13 +22,14 @@ import argparse
 import re
 import sys
 import time
-from typing import Any, NoReturn
+from typing import Any
 
+from megatron_syne.command_line import Parser, ProgressLine
 from megatron_syne.data.preparation.fim import FillInMiddle
 from megatron_syne.data.preparation.merge import merge
 from megatron_syne.data.preparation.prepare import Job, prepare
 from megatron_syne.data.tokens.reader import IndexedReader
-from megatron_syne.errors import EXIT_CONFIG, run_cli
+from megatron_syne.errors import run_cli
 
 # options that go to every job under their own name
 _COMMON = (
@@ -37,14 +38,8 @@ _COMMON = (
 )  # fmt: skip
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:  # argparse would exit with 2
-        self.print_usage(sys.stderr)
-        self.exit(EXIT_CONFIG, f"error: {message}\n")
-
-
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--input", nargs="+", metavar="PATH", help="files, folders, or - for standard input")
     parser.add_argument("--tokenizer", help="folder with tokenizer.json or tokenizer.model, or one such file")
     parser.add_argument("--output-prefix", help=".bin, .idx and .json are appended")
@@ -184,28 +179,6 @@ def summary(job: Job, manifests: list[dict[str, Any]], seconds: float) -> str:
         f"{f' ({gone})' if gone else ''}; {manifests[0]['dtype']}, {seconds:.1f} s, "
         f"{tokens / max(seconds, 1e-9):,.0f} tokens/s"
     )
-
-
-class ProgressLine:
-    """One line on a terminal, redrawn; in a log file, one line every ten seconds."""
-
-    def __init__(self) -> None:
-        self._tty = sys.stderr.isatty()
-        self._last = time.monotonic()
-        self._width = 0
-
-    def show(self, text: str) -> None:
-        if self._tty:
-            sys.stderr.write("\r" + text.ljust(self._width))
-            self._width = len(text)
-        elif time.monotonic() - self._last >= 10:
-            self._last = time.monotonic()
-            sys.stderr.write(text + "\n")
-        sys.stderr.flush()
-
-    def end(self) -> None:
-        if self._width:
-            sys.stderr.write("\n")
 
 
 if __name__ == "__main__":

@@ -15,13 +15,14 @@ import argparse
 import sys
 from pathlib import Path
 
+from megatron_syne.command_line import Parser
 from megatron_syne.convert import cli
 from megatron_syne.errors import run_cli
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Options; a wrong one exits with 64."""
-    parser = cli.Parser(description=__doc__)
+    parser = Parser(description=__doc__)
     parser.add_argument(
         "--from", dest="source", required=True, type=Path, help="run folder, checkpoint, weights"
     )

@@ -1,4 +1,4 @@
-"""What the conversion tools' command lines share: the parser, the layout's options, the progress bar, plans."""
+"""What the conversion tools' command lines share: the layout's options, the progress bar, plans."""
 
 from __future__ import annotations
 
@@ -6,28 +6,16 @@ import argparse
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from megatron_syne.config.schema import ParallelConfig
-from megatron_syne.errors import EXIT_CONFIG, ConfigError
+from megatron_syne.errors import ConfigError
 
 if TYPE_CHECKING:
     from megatron_syne.convert.streams import StoredWeights, Target, Weights
 
 DTYPES = ("bf16", "fp16", "fp32")
 DEFAULT_SHARD_SIZE = "5GB"
-
-
-class Parser(argparse.ArgumentParser):
-    """An argument parser whose mistakes exit with 64, as documented, and not with argparse's 2."""
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **options)
-
-    def error(self, message: str) -> NoReturn:
-        """One line and the usage."""
-        self.print_usage(sys.stderr)
-        self.exit(EXIT_CONFIG, f"error: {message}\n")
 
 
 def add_output_options(parser: argparse.ArgumentParser) -> None:

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import argparse
 
+from megatron_syne.command_line import ProgressLine
 from megatron_syne.curation.perplexity_options import (
-    ProgressLine,
     add_scoring_arguments,
     task_of,
     weights_identity,
@@ -40,9 +40,9 @@ def run(options: argparse.Namespace) -> int:
     scorer = HuggingFaceScorer(options.model, options.dtype, options.platform, options.batch_tokens)
     task = task_of(options, scorer.context)
     identity = {"kind": "transformers", "dtype": scorer.dtype, "files": weights_identity(options.model)}
-    line = ProgressLine()
+    line = ProgressLine(at_once=True)
     try:
-        counts = score_files(task, tokenizer, scorer, scorer.vocab_size, identity, show=line)
+        counts = score_files(task, tokenizer, scorer, scorer.vocab_size, identity, show=line.show)
     finally:
         line.end()
     print(f"{options.output}: {counts.describe()}", flush=True)

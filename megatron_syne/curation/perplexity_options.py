@@ -1,10 +1,8 @@
-"""What every way of scoring takes on its command line, and shows on the console."""
+"""What every way of scoring takes on its command line."""
 
 from __future__ import annotations
 
 import argparse
-import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,23 +78,3 @@ def weights_identity(path: str | Path) -> dict[str, Any]:
     files = sorted(file for file in Path(path).rglob("*") if file.is_file())
     status = [(file.relative_to(path).as_posix(), file.stat()) for file in files]
     return {name: [found.st_size, found.st_mtime_ns] for name, found in status}
-
-
-class ProgressLine:
-    """One line on a terminal, redrawn; elsewhere a line every ten seconds."""
-
-    def __init__(self) -> None:
-        self._terminal = sys.stderr.isatty()
-        self._last = float("-inf")
-
-    def __call__(self, text: str) -> None:
-        if self._terminal:
-            print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
-        elif time.monotonic() - self._last >= 10:
-            self._last = time.monotonic()
-            print(text, file=sys.stderr, flush=True)
-
-    def end(self) -> None:
-        """Leave the line."""
-        if self._terminal:
-            print(file=sys.stderr, flush=True)

@@ -24,6 +24,11 @@ from megatron_syne.errors import DataError, MissingInput
 logger = logging.getLogger(__name__)
 
 
+def index_cache(config: RunConfig) -> Path:
+    """Folder of the orders of documents that all ranks share."""
+    return Path(config.data.index_cache or Path(config.run_dir) / "index_cache")
+
+
 def training_dataset(
     config: RunConfig, plan: MixturePlan, vocab_size: int, cache_dir: str | Path | None = None
 ) -> StagedDataset | MockDataset:

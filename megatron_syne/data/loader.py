@@ -10,14 +10,13 @@ import queue
 import threading
 import weakref
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
 from megatron_syne.config.schema import RunConfig
 from megatron_syne.data.batches import BatchBuilder, BatchForm
-from megatron_syne.data.build import training_dataset, validation_datasets
+from megatron_syne.data.build import index_cache, training_dataset, validation_datasets
 from megatron_syne.data.dataset import MockDataset, Samples, StagedDataset
 from megatron_syne.data.mixture.ledger import check_sources, make_ledger
 from megatron_syne.data.mixture.planning import MixturePlan
@@ -282,8 +281,3 @@ def build_validation_data(
         )
         for name, dataset in validation_datasets(config, vocab_size, index_cache(config)).items()
     }
-
-
-def index_cache(config: RunConfig) -> Path:
-    """Folder of the orders of documents that all ranks share."""
-    return Path(config.data.index_cache or Path(config.run_dir) / "index_cache")

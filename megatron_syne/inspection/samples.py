@@ -10,7 +10,7 @@ import numpy as np
 from megatron_syne.config.loader import load_config
 from megatron_syne.config.schema import RunConfig
 from megatron_syne.data.batches import BatchBuilder, BatchForm
-from megatron_syne.data.build import training_dataset
+from megatron_syne.data.build import index_cache, training_dataset
 from megatron_syne.data.dataset import MockDataset, StagedDataset
 from megatron_syne.data.mixture.plan import MixturePlan
 from megatron_syne.data.mixture.planning import plan_mixture, resume_plan
@@ -65,7 +65,7 @@ def opened(config: RunConfig, run_dir: str | None) -> StagedDataset | MockDatase
         plan, changes = resume_plan(config, ledger, ledger["consumed_samples"])
         for change in changes:
             say(f"changed since the newest checkpoint: {change}")
-    cache = Path(config.data.index_cache or Path(config.run_dir) / "index_cache")
+    cache = index_cache(config)
     vocab_size = resolve_model(config.model).vocab_size or 0
     return training_dataset(config, plan, vocab_size, cache if cache.is_dir() else None)
 

@@ -4,39 +4,19 @@
 
 from __future__ import annotations
 
-import json
-import sys
-from pathlib import Path
+from distributed.jobs import each_job
 
 
 def main() -> None:
-    from megatron_syne.platform.base import select
+    for job, config, model, platform in each_job():
+        import torch
+        from safetensors.torch import save_file
 
-    platform = select("cpu")
-    import torch
-    from safetensors.torch import save_file
+        from megatron_syne.models.gpt import build_model
+        from megatron_syne.train import initialize
 
-    from megatron_syne.config.loader import load_config
-    from megatron_syne.models.config import resolve_model
-    from megatron_syne.models.gpt import build_model
-    from megatron_syne.parallel.ranks import rank_info
-    from megatron_syne.parallel.setup import (
-        start_distributed,
-        start_model_parallel,
-        stop_distributed,
-        stop_model_parallel,
-    )
-    from megatron_syne.train import initialize
-
-    info = rank_info()
-    jobs = json.loads(Path(sys.argv[1]).read_text())
-    platform.start(info.local_rank, load_config(jobs[0]["config"]).precision)
-    start_distributed(platform, info, 120)
-    for job in jobs:
-        config = load_config(job["config"], job["overrides"])
-        start_model_parallel(config.parallel, config.train.seed)
-        chunks = build_model(config, resolve_model(config.model), platform)
-        initialize(config, resolve_model(config.model), chunks)
+        chunks = build_model(config, model, platform)
+        initialize(config, model, chunks)
         for chunk in chunks:
             chunk.eval()
         documents = [torch.tensor(document) for document in job["documents"]]
@@ -50,8 +30,6 @@ def main() -> None:
         if found["with"] is not None:
             found["alone"] = torch.cat(alone, dim=1)
             save_file({name: tensor.contiguous() for name, tensor in found.items()}, job["out"])
-        stop_model_parallel()
-    stop_distributed()
 
 
 def forward(platform, chunks, tokens, document_ids):

@@ -5,43 +5,20 @@ overrides, a file of token ids (JSON, one row of equal length per micro-batch) a
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
+
+from distributed.jobs import each_job
 
 
 def main() -> None:
-    from megatron_syne.platform.base import select
+    for job, config, model, platform in each_job():
+        import torch
+        from safetensors.torch import save_file
 
-    platform = select("cpu")
-    import torch
-    from safetensors.torch import save_file
-
-    from megatron_syne.config.loader import load_config
-    from megatron_syne.models.config import resolve_model
-    from megatron_syne.parallel.ranks import rank_info
-    from megatron_syne.parallel.setup import (
-        start_distributed,
-        start_model_parallel,
-        stop_distributed,
-        stop_model_parallel,
-    )
-    from megatron_syne.preflight.rules import check
-
-    info = rank_info()
-    jobs = json.loads(Path(sys.argv[1]).read_text())
-    platform.start(info.local_rank, load_config(jobs[0]["config"]).precision)
-    start_distributed(platform, info, 120)
-    for job in jobs:
-        config = load_config(job["config"], job["overrides"])
-        model = resolve_model(config.model)
-        check(config, model, info.world_size, "cpu")
-        start_model_parallel(config.parallel, config.train.seed)
         rows = torch.tensor(json.loads(Path(job["tokens"]).read_text()))
         logits = forward(config, model, platform, rows)
         if logits is not None:
             save_file({"logits": logits[:, :, : model.vocab_size].contiguous()}, job["out"])
-        stop_model_parallel()
-    stop_distributed()
 
 
 def forward(config, model, platform, rows):

@@ -11,40 +11,20 @@ save_pt  the same with Megatron-LM's ``model_optim_rng.pt`` files
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 
+from distributed.jobs import each_job
+
 
 def main() -> None:
-    from megatron_syne.platform.base import select
-
-    platform = select("cpu")
-    from megatron_syne.config.loader import load_config
-    from megatron_syne.models.config import resolve_model
-    from megatron_syne.models.gpt import build_model
-    from megatron_syne.parallel.ranks import rank_info
-    from megatron_syne.parallel.setup import (
-        start_distributed,
-        start_model_parallel,
-        stop_distributed,
-        stop_model_parallel,
-    )
-    from megatron_syne.preflight.rules import check
-
-    info = rank_info()
-    jobs = json.loads(Path(sys.argv[1]).read_text())
-    platform.start(info.local_rank, load_config(jobs[0]["config"]).precision)
-    start_distributed(platform, info, 120)
     found = {}
-    for job in jobs:
-        config = load_config(job["config"], job["overrides"])
-        model = resolve_model(config.model)
-        check(config, model, info.world_size, "cpu")
-        start_model_parallel(config.parallel, config.train.seed)
+    for job, config, model, platform in each_job():
+        from megatron_syne.models.gpt import build_model
+
         found[job["name"]] = run(job, config, build_model(config, model, platform))
-        stop_model_parallel()
-    Path(sys.argv[1]).with_name(f"found_{info.rank}.json").write_text(json.dumps(found))
-    stop_distributed()
+    Path(sys.argv[1]).with_name(f"found_{os.environ['RANK']}.json").write_text(json.dumps(found))
 
 
 def run(job, config, chunks):

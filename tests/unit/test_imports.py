@@ -27,6 +27,7 @@ LIGHT_MODELS = tuple(
 # Room or module -> what of ours it may import, beside itself and errors. The longest matching key counts.
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "errors": (),
+    "command_line": (),
     "config": (),
     "platform": ("config",),
     "parallel": ("config", "platform"),
@@ -42,7 +43,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "data.preparation": ("data.documents", "data.tokens", "data.tokenizer"),
     "data.mixture": ("config",),
     "data.tokens": ("config", "data.mixture.ledger"),
-    "curation": ("config", "platform.base", "data.documents", "data.tokenizer"),
+    "curation": ("command_line", "config", "platform.base", "data.documents", "data.tokenizer"),
     "curation.perplexity_parallel": ("config", "platform", "parallel", "models", "curation", "training"),
     "pictures": (),
     "inspection": ("config", *LIGHT_MODELS, "data", "preflight.manifests", "checkpoint.folder", "pictures"),
@@ -64,7 +65,14 @@ MAY_ANNOTATE: dict[str, tuple[str, ...]] = {
     "resilience": ("training.trainer",),
     "curriculum": ("training.trainer",),
 }
-LAUNCH_MAY_IMPORT = ("config", "preflight", "parallel.topology", "data.documents.inputs", *LIGHT_MODELS)
+LAUNCH_MAY_IMPORT = (
+    "command_line",
+    "config",
+    "preflight",
+    "parallel.topology",
+    "data.documents.inputs",
+    *LIGHT_MODELS,
+)
 
 # Heavy package -> the only rooms and modules that may import it.
 HEAVY: dict[str, tuple[str, ...]] = {
@@ -97,6 +105,7 @@ HEAVY: dict[str, tuple[str, ...]] = {
 # What runs on a login node, or must start in a moment: neither these nor anything that they import reaches torch.
 TORCH_FREE = (
     "errors",
+    "command_line",
     "config",
     "preflight",
     *LIGHT_MODELS,

@@ -165,11 +165,10 @@ def test_commands_fit_the_programs(name: str) -> None:
         source = program.read_text(encoding="utf-8")
         if "convert import cli" in source:  # options that the conversion tools share
             source += read("megatron_syne/convert/cli.py")
-        if (
-            "megatron_syne.curation." in source
-        ):  # a table of subcommands: their options stand in their modules
+        # a table of subcommands: their options stand in the modules of a room
+        if room := re.search(r'run_subcommand\(__doc__, "(\w+)"', source):
             source += "".join(
-                file.read_text("utf-8") for file in (ROOT / "megatron_syne/curation").glob("*.py")
+                file.read_text("utf-8") for file in (ROOT / "megatron_syne" / room[1]).glob("*.py")
             )
         if "import prepare_data" in source:  # hands further options on
             source += read("tools/prepare_data.py")
