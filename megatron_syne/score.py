@@ -105,9 +105,9 @@ def build_scorer(
 
     start_distributed(platform, info, config.resilience.distributed_timeout_seconds)
     start_model_parallel(config.parallel, config.train.seed)
+    from megatron_syne.assembly import initialize
     from megatron_syne.curation.perplexity_parallel import ParallelScorer
     from megatron_syne.models.gpt import build_model
-    from megatron_syne.train import initialize
 
     chunks = build_model(config, model, platform)
     initialize(config, model, chunks)

@@ -43,7 +43,7 @@ class CheckpointCallback(Callback):
             "precision": asdict(trainer.config.precision),
         }
         trainer.gather_parameters()
-        path = self.manager.save(trainer.chunks, trainer.optimizer, trainer.state, run)
+        path = self.manager.save(trainer.chunks, trainer.optimizer, trainer.state, run, trainer.fp8)
         self.last_saved = trainer.state.step
         trainer.emit("on_checkpoint_saved", path)
         return path

@@ -13,8 +13,10 @@ import torch.distributed as dist
 from torch.distributed.checkpoint import CheckpointException
 
 from megatron_syne.checkpoint import folder as folders
+from megatron_syne.checkpoint.fp8_state import sharded_fp8_state, without_extra_state
 from megatron_syne.config.schema import ModelConfig
 from megatron_syne.errors import ConfigError, DataError, IOFault
+from megatron_syne.fp8.layers import Fp8Layers
 from megatron_syne.models.gpt import unwrap
 from megatron_syne.training.state import TrainState
 
@@ -29,7 +31,14 @@ class CheckpointManager:
         self.artifacts = artifacts
         self.keep_latest = keep_latest
 
-    def save(self, chunks: list[Any], optimizer: Any, state: TrainState, run: dict[str, Any]) -> Path:
+    def save(
+        self,
+        chunks: list[Any],
+        optimizer: Any,
+        state: TrainState,
+        run: dict[str, Any],
+        fp8: Fp8Layers | None = None,
+    ) -> Path:
         """Write the checkpoint of ``state.step``; returns its folder once it is complete on disk.
 
         ``run``: plain values kept beside the state (model configuration, ledger of the data, layout).
@@ -39,7 +48,7 @@ class CheckpointManager:
         self._on_rank_0(lambda: self._make(temporary))
         from megatron.core import dist_checkpointing
 
-        sharded = sharded_state(chunks, optimizer, is_loading=False)
+        sharded = sharded_state(chunks, optimizer, is_loading=False, fp8=fp8)
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
@@ -99,7 +108,9 @@ def _chunk_key(chunks: list[Any], index: int) -> str:
     return "model" if len(chunks) == 1 else f"model{index}"
 
 
-def sharded_state(chunks: list[Any], optimizer: Any | None, is_loading: bool) -> dict[str, Any]:
+def sharded_state(
+    chunks: list[Any], optimizer: Any | None, is_loading: bool, fp8: Fp8Layers | None = None
+) -> dict[str, Any]:
     """megatron-core's sharded state dict of model and, where given, optimizer.
 
     ``fully_reshardable``: optimizer state as whole tensors, so that TP, PP and DP may all change.
@@ -112,9 +123,11 @@ def sharded_state(chunks: list[Any], optimizer: Any | None, is_loading: bool) ->
         "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
     }
     state: dict[str, Any] = {
-        _chunk_key(chunks, index): unwrap(chunk).sharded_state_dict(metadata=metadata)
+        _chunk_key(chunks, index): without_extra_state(unwrap(chunk).sharded_state_dict(metadata=metadata))
         for index, chunk in enumerate(chunks)
     }
+    if fp8 is not None:
+        state["fp8"] = sharded_fp8_state(fp8)
     if optimizer is not None:
         state["optimizer"] = optimizer.sharded_state_dict(state, is_loading=is_loading, metadata=metadata)
     return state
@@ -127,7 +140,7 @@ def _cause(error: BaseException) -> str:
     return (errors or lines or [type(error).__name__])[-1] if not isinstance(error, OSError) else str(error)
 
 
-def load(path: Path, chunks: list[Any], optimizer: Any | None) -> TrainState:
+def load(path: Path, chunks: list[Any], optimizer: Any | None, fp8: Fp8Layers | None = None) -> TrainState:
     """Load weights and, where ``optimizer`` is given, its state and the run's counters; any layout.
 
     Without an optimizer only the weights are taken (starting another run) and a fresh state is returned.
@@ -136,7 +149,7 @@ def load(path: Path, chunks: list[Any], optimizer: Any | None) -> TrainState:
 
     folders.read_manifest(path)
     folders.read_metadata(path)
-    sharded = sharded_state(chunks, optimizer, is_loading=True)
+    sharded = sharded_state(chunks, optimizer, is_loading=True, fp8=fp8)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

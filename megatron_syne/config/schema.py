@@ -86,7 +86,9 @@ class ParallelConfig:
     virtual_pipeline_model_parallel_size: int | None = None
     """VPP: model chunks per pipeline stage (interleaved 1F1B)."""
     context_parallel_size: int = 1
-    """CP: number of ranks that share one sequence. Only 1 is accepted in this version."""
+    """CP: number of ranks that share one sequence, each with two opposite parts of it (balanced causal work)."""
+    cp_comm_type: Literal["p2p", "all_gather", "a2a"] | None = None
+    """How Transformer Engine exchanges keys and values over CP; not given = p2p. The CPU platform gathers."""
     data_parallel_size: int | None = None
     """DP: number of replicas; not given = world size / (TP x PP x CP)."""
     sequence_parallel: bool = False
@@ -103,10 +105,35 @@ class ParallelConfig:
     """Overlap the gradient reduction with the backward pass."""
     overlap_param_gather: bool = False
     """Overlap the parameter all-gather with the forward pass (needs ``use_distributed_optimizer``)."""
+    ddp_bucket_size: int | None = None
+    """Parameters in one bucket of overlapped reduction; not given = the engine's choice."""
+    tp_comm_overlap: bool = False
+    """Overlap TP communication with the matrix products (Transformer Engine on CUDA, ``sequence_parallel``)."""
     overlap_p2p_comm: bool | None = None
     """Overlap pipeline sends and receives; not given = on exactly when VPP is used."""
     deallocate_pipeline_outputs: bool | None = None
     """Free a stage's output once it is sent; not given = on, but for VPP over gloo."""
+
+
+@dataclass
+class MemoryConfig:
+    """Memory against time: what is computed again in the backward pass, what waits in host memory."""
+
+    recompute_granularity: Literal["selective", "full"] | None = None
+    """``selective``: the modules of ``recompute_modules``; ``full``: whole layers, by ``recompute_method``."""
+    recompute_method: Literal["uniform", "block"] | None = None
+    """With ``full``: ``uniform`` = groups of ``recompute_num_layers`` layers, of each of which only the input is
+    kept; ``block`` = only the first ``recompute_num_layers`` layers of each model chunk."""
+    recompute_num_layers: int | None = None
+    """With ``full``: see ``recompute_method``; not given = 1 for ``uniform``, all layers for ``block``."""
+    recompute_modules: list[str] = field(default_factory=list)
+    """With ``selective``: ``core_attn``, ``mlp``, ``layernorm``; not given = ``core_attn``."""
+    distribute_saved_activations: bool = False
+    """With ``full``: kept inputs are cut over TP (not beside ``sequence_parallel``, which cuts them already)."""
+    cpu_offloading: bool = False
+    """Keep activations of ``cpu_offloading_num_layers`` layers in host memory (Transformer Engine on CUDA, PP 1)."""
+    cpu_offloading_num_layers: int | None = None
+    """Layers of ``cpu_offloading``; not given = all but the last."""
 
 
 @dataclass
@@ -134,8 +161,34 @@ class SourceConfig:
 
 
 @dataclass
+class StageScheduleConfig:
+    """A stage's own values of ``schedule`` and ``optimizer`` (``schedule.span: stage``); not given = the run's."""
+
+    lr: float | None = None
+    """Peak learning rate of the stage."""
+    min_lr: float | None = None
+    """Learning rate at the end of the stage's decay."""
+    lr_decay_style: Literal["constant", "linear", "cosine", "inverse-square-root", "WSD"] | None = None
+    """Shape after the stage's warm-up."""
+    lr_warmup_init: float | None = None
+    """Learning rate at the stage's first step."""
+    lr_warmup_iters: int | None = None
+    """Length of the stage's warm-up in iterations; this or ``lr_warmup_tokens``."""
+    lr_warmup_tokens: int | None = None
+    """Length of the stage's warm-up in tokens."""
+    lr_wsd_decay_iters: int | None = None
+    """Length of WSD's decay at the end of the stage, in iterations; 0 = none."""
+    lr_wsd_decay_tokens: int | None = None
+    """Length of WSD's decay at the end of the stage, in tokens."""
+    lr_wsd_decay_style: Literal["exponential", "linear", "cosine", "minus_sqrt", "clipped_linear"] | None = (
+        None
+    )
+    """Shape of WSD's decay."""
+
+
+@dataclass
 class StageConfig:
-    """One stage of the mixture, as Llama-3-SynE's bilingual adaptation and synthetic enhancement."""
+    """One stage of a run, as Llama-3-SynE's bilingual adaptation and synthetic enhancement, with what is its own."""
 
     name: str = field(default="", metadata={"required": True})
     """Name shown in logs and tensorboard."""
@@ -146,6 +199,25 @@ class StageConfig:
     to any depth. Shares of one level must sum to 1."""
     seq_length: int | None = None
     """Tokens per sample in this stage; not given = ``data.seq_length``."""
+    global_batch_size: int | None = None
+    """Samples per optimizer step in this stage; not given = ``train.global_batch_size``."""
+    micro_batch_size: int | None = None
+    """Samples per forward pass of one replica in this stage; not given = ``train.micro_batch_size``."""
+    rampup_batch_size: list[int] = field(default_factory=list)
+    """``[start, increment, samples]``: the stage's global batch grows from ``start`` by ``increment`` to its size,
+    evenly over its first ``samples`` samples (megatron-core's rule). Not given = none."""
+    rotary_base: float | None = None
+    """Base of the rotary embedding from this stage on; not given = as before it."""
+    max_position_embeddings: int | None = None
+    """Longest sequence that a model released from this stage on claims to handle; not given = as before it."""
+    freeze: list[str] | None = None
+    """As ``optimizer.freeze``, for this stage; not given = ``optimizer``'s."""
+    train_only: list[str] | None = None
+    """As ``optimizer.train_only``, for this stage; not given = ``optimizer``'s."""
+    reset_optimizer: bool = False
+    """Begin the stage with new moments; a parameter that did not train before begins with new ones anyway."""
+    schedule: StageScheduleConfig | None = None
+    """The stage's own learning rate, with ``schedule.span: stage``."""
 
 
 @dataclass
@@ -199,8 +271,20 @@ class DataConfig:
 
 
 @dataclass
+class ParamGroupConfig:
+    """Parameters with a learning rate or weight decay of their own."""
+
+    match: str = field(default="", metadata={"required": True})
+    """Pattern of their names, as ``optimizer.freeze``; where several groups match, the first counts."""
+    lr_mult: float = 1.0
+    """Their learning rate is the schedule's times this."""
+    wd_mult: float | None = None
+    """Their weight decay is ``weight_decay`` times this; not given = as without the group."""
+
+
+@dataclass
 class OptimizerConfig:
-    """AdamW, as megatron-core's ``OptimizerConfig``."""
+    """AdamW, as megatron-core's ``OptimizerConfig``, and what it trains."""
 
     lr: float = 1e-5
     """Peak learning rate."""
@@ -216,6 +300,32 @@ class OptimizerConfig:
     """Decoupled weight decay (not applied to norms and biases)."""
     clip_grad: float = 1.0
     """Clip the global gradient norm to this; 0 = no clipping."""
+    decay_norms_and_biases: bool = False
+    """Apply the weight decay to norms and biases too."""
+    freeze: list[str] = field(default_factory=list)
+    """Patterns (``*`` and ``?``) of parameters that do not train: ``embedding.*``, ``decoder.layers.3.*``,
+    ``output_layer.*``; ``layers.original`` and ``layers.new`` are the layers that were there before a block
+    expansion and those it added (``surgery.json`` beside the weights). What is frozen has no optimizer state."""
+    train_only: list[str] = field(default_factory=list)
+    """Patterns of the only parameters that train; not given = all. With ``freeze``: these less the frozen."""
+    groups: list[ParamGroupConfig] = field(default_factory=list)
+    """Parameters with their own learning rate or weight decay."""
+    use_precision_aware_optimizer: bool = False
+    """Keep master weights, main gradients and moments in the formats below (with ``use_distributed_optimizer``)."""
+    main_grads_dtype: Literal["fp32", "bf16"] = "fp32"
+    """Format of the main gradients."""
+    main_params_dtype: Literal["fp32", "fp16"] = "fp32"
+    """Format of the master weights."""
+    exp_avg_dtype: Literal["fp32", "bf16", "fp16", "fp8"] = "fp32"
+    """Format of the first moment."""
+    exp_avg_sq_dtype: Literal["fp32", "bf16", "fp16", "fp8"] = "fp32"
+    """Format of the second moment."""
+    optimizer_cpu_offload: bool = False
+    """Keep ``optimizer_offload_fraction`` of the optimizer state in host memory and step it there (CUDA)."""
+    optimizer_offload_fraction: float = 1.0
+    """Share of the parameters whose optimizer state is offloaded."""
+    overlap_cpu_optimizer_d2h_h2d: bool = False
+    """Overlap the offloaded step with its copies."""
 
 
 @dataclass
@@ -223,7 +333,10 @@ class ScheduleConfig:
     """Learning rate over the run, as megatron-core's ``OptimizerParamScheduler``."""
 
     lr_decay_style: Literal["constant", "linear", "cosine", "inverse-square-root", "WSD"] = "WSD"
-    """Shape after the warm-up."""
+    """Shape after the warm-up. ``linear`` with ``optimizer.min_lr`` 0 is Straight to Zero (arXiv 2502.15938)."""
+    span: Literal["run", "stage"] = "run"
+    """``run``: one schedule over all stages; ``stage``: begun anew in each stage, over its length, with what
+    ``data.stages[].schedule`` changes."""
     lr_warmup_init: float = 0.0
     """Learning rate at step 0, from which the warm-up rises linearly (Llama-3-SynE: 1e-7)."""
     lr_warmup_iters: int | None = None
@@ -234,8 +347,26 @@ class ScheduleConfig:
     """Iteration at which the decay ends; not given = ``train_iters``."""
     lr_wsd_decay_iters: int | None = None
     """Length of WSD's final decay in iterations; 0 or not given = never decays (as Llama-3-SynE ran)."""
-    lr_wsd_decay_style: Literal["exponential", "linear", "cosine", "minus_sqrt"] = "exponential"
-    """Shape of WSD's final decay."""
+    lr_wsd_decay_tokens: int | None = None
+    """Length of WSD's final decay in tokens; this or ``lr_wsd_decay_iters``."""
+    lr_wsd_decay_style: Literal["exponential", "linear", "cosine", "minus_sqrt", "clipped_linear"] = (
+        "exponential"
+    )
+    """Shape of WSD's final decay; ``clipped_linear`` is Llama-3-SynE's: a line to 0, cut off at ``min_lr``."""
+
+
+@dataclass
+class Fp8GuardConfig:
+    """Watches FP8 against bf16 during training, and falls back where it goes wrong."""
+
+    interval: int | None = None
+    """Iterations between two looks: one micro-batch is also run forward in bf16; not given = never."""
+    max_loss_gap: float | None = None
+    """Largest difference of the two losses, relative to bf16's; above it all layers fall back to bf16."""
+    max_overflow: float | None = None
+    """Largest share of a tensor's values beyond the format's range; above it the layer falls back to bf16."""
+    max_underflow: float | None = None
+    """Largest share of a tensor's values that are not zero and become so; above it the layer falls back."""
 
 
 @dataclass
@@ -247,13 +378,28 @@ class PrecisionConfig:
     accumulate_allreduce_grads_in_fp32: bool = True
     """Accumulate and reduce gradients in fp32."""
     fp8: Literal["delayed", "tensorwise", "blockwise"] | None = None
-    """Transformer Engine FP8 recipe; needs the CUDA platform and Transformer Engine."""
+    """FP8 recipe of the linear layers: Transformer Engine's on CUDA, emulated on the CPU platform. Attention,
+    norms, embedding and output layer stay in bf16."""
+    fp8_emulation: bool | None = None
+    """Whether FP8 is emulated (bf16 products of values rounded to FP8); not given = on the CPU platform only."""
     fp8_format: Literal["hybrid", "e4m3"] = "hybrid"
     """FP8 formats: hybrid = E4M3 forward, E5M2 for gradients."""
+    fp8_margin: int = 0
+    """Delayed scaling leaves 2 ** margin of room above the largest value."""
+    fp8_amax_history_len: int = 1024
+    """Delayed scaling: steps whose largest absolute value is remembered."""
+    fp8_amax_compute_algo: Literal["max", "most_recent"] = "max"
+    """Delayed scaling: which of them decides the scale."""
     first_last_layers_bf16: bool = False
-    """Keep the first and the last layer in bf16 under FP8."""
+    """Keep the first and the last layers in bf16 under FP8."""
+    num_layers_at_start_in_bf16: int = 1
+    """With ``first_last_layers_bf16``: layers at the start."""
+    num_layers_at_end_in_bf16: int = 1
+    """With ``first_last_layers_bf16``: layers at the end."""
     fp8_param_gather: bool = False
     """Keep and gather the weights in FP8."""
+    fp8_guard: Fp8GuardConfig = field(default_factory=Fp8GuardConfig)
+    """Watching FP8."""
 
 
 @dataclass
@@ -264,6 +410,8 @@ class TrainConfig:
     """Samples per forward pass of one replica."""
     global_batch_size: int = 8
     """Samples per optimizer step over all replicas."""
+    rampup_batch_size: list[int] = field(default_factory=list)
+    """``[start, increment, samples]`` for the first stage, as ``data.stages[].rampup_batch_size``."""
     train_iters: int | None = None
     """Number of optimizer steps; not given = the token budgets of ``data.stages``."""
     exit_interval: int | None = None
@@ -272,8 +420,13 @@ class TrainConfig:
     """Evaluate every so many iterations; not given = never."""
     eval_iters: int = 10
     """Global batches per validation source at each evaluation; fewer where the source is shorter."""
+    z_loss: float = 0.0
+    """Weight of the squared log of the softmax's denominator, added to the loss (OLMo 2: 1e-5); 0 = none."""
+    neftune_noise_alpha: float = 0.0
+    """Uniform noise on the embeddings while training, of size alpha / sqrt(seq_length x hidden_size) (NEFTune,
+    arXiv 2310.05914); 0 = none."""
     seed: int = 1234
-    """Seed of initialisation, shuffling and dropout."""
+    """Seed of initialisation, shuffling and noise."""
 
 
 @dataclass
@@ -283,10 +436,36 @@ class CheckpointConfig:
     initialize_from: str | None = path()
     """Weights to start from when the run folder holds no checkpoint: a Hugging Face folder, a folder of
     converted shards, or a training checkpoint of another run (weights only). Not given = random."""
+    branch_from: str | None = path()
+    """Checkpoint of another run that this one branches off (a decay from a stable run): weights, optimizer,
+    counters and the account of the data are taken; ``data.stages`` holds the branch's own stages, which follow."""
     save_interval: int | None = None
     """Save every so many iterations; a last checkpoint is written at the end in any case."""
     keep_latest: int = 3
     """Number of checkpoints kept; 0 = all."""
+
+
+@dataclass
+class HarnessConfig:
+    """lm-evaluation-harness on exported snapshots, beside the training (extra ``eval``)."""
+
+    tasks: list[str] = field(default_factory=list)
+    """Its task names, or YAML files of tasks; not given = no evaluation by it."""
+    include_path: str | None = path()
+    """Folder with further task files."""
+    interval: int | None = None
+    """Iterations between two evaluations: a multiple of ``checkpoint.save_interval``; not given = each
+    checkpoint. The last checkpoint is evaluated in any case."""
+    num_fewshot: int | None = None
+    """Examples in the context; not given = the task's own."""
+    limit: int | None = None
+    """Documents of each task; not given = all."""
+    batch_size: int = 1
+    """Sequences at a time."""
+    device: str = "cpu"
+    """torch device of the evaluating process."""
+    timeout_seconds: int = 3600
+    """An evaluation that takes longer is ended and reported as failed; training goes on."""
 
 
 @dataclass
@@ -362,6 +541,8 @@ class RunConfig:
     """Architecture."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     """Layout."""
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
+    """Memory."""
     data: DataConfig = field(default_factory=DataConfig)
     """Data."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -374,6 +555,8 @@ class RunConfig:
     """Batches and length."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     """Start and saving."""
+    harness: HarnessConfig = field(default_factory=HarnessConfig)
+    """lm-evaluation-harness."""
     resilience: ResilienceConfig = field(default_factory=ResilienceConfig)
     """Stopping."""
     monitor: MonitorConfig = field(default_factory=MonitorConfig)

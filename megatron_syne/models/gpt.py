@@ -3,70 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import torch
 from torch import nn
 
-from megatron_syne.config.arithmetic import resolved_deallocate_pipeline_outputs, resolved_overlap_p2p_comm
 from megatron_syne.config.schema import DataConfig, ModelConfig, RunConfig
 from megatron_syne.models.config import padded_vocab_size
+from megatron_syne.models.embedding_noise import add_embedding_noise
+from megatron_syne.models.engine_options import engine_config
 from megatron_syne.models.family import completed
+from megatron_syne.models.loss import install_loss
 from megatron_syne.models.rope import rotary_frequencies
 from megatron_syne.platform.base import Platform
-
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-
-
-def engine_config(config: RunConfig, model: ModelConfig, platform: Platform) -> Any:
-    """megatron-core's ``TransformerConfig`` for a resolved model.
-
-    ``calculate_per_token_loss`` is set here, as it must be before DDP is built: then neither DDP nor the
-    schedule divides by the number of replicas or micro-batches, and the loss is the same in every layout.
-    """
-    from megatron.core.transformer import TransformerConfig
-
-    model = completed(model)
-    parallel, precision = config.parallel, config.precision
-    vpp = parallel.virtual_pipeline_model_parallel_size
-    dtype = DTYPES[precision.params_dtype]
-    overlap = resolved_overlap_p2p_comm(parallel)
-    options: dict[str, Any] = {
-        "num_layers": model.num_layers,
-        "hidden_size": model.hidden_size,
-        "ffn_hidden_size": model.ffn_hidden_size,
-        "num_attention_heads": model.num_attention_heads,
-        "num_query_groups": model.num_query_groups,
-        "kv_channels": model.kv_channels,
-        "layernorm_epsilon": model.layernorm_epsilon,
-        "init_method_std": model.init_method_std,
-        "normalization": model.normalization,
-        "layernorm_zero_centered_gamma": model.layernorm_zero_centered_gamma,
-        "add_qkv_bias": model.add_qkv_bias,
-        # tokens before and after; the window of Hugging Face counts the token itself
-        "window_size": None if model.window_size is None else (model.window_size - 1, 0),
-        "gated_linear_unit": True,
-        "activation_func": nn.functional.silu,
-        "add_bias_linear": False,
-        "hidden_dropout": 0.0,
-        "attention_dropout": 0.0,
-        "tensor_model_parallel_size": parallel.tensor_model_parallel_size,
-        "pipeline_model_parallel_size": parallel.pipeline_model_parallel_size,
-        "virtual_pipeline_model_parallel_size": vpp,
-        "context_parallel_size": parallel.context_parallel_size,
-        "sequence_parallel": parallel.sequence_parallel,
-        "num_layers_in_first_pipeline_stage": parallel.num_layers_in_first_pipeline_stage,
-        "num_layers_in_last_pipeline_stage": parallel.num_layers_in_last_pipeline_stage,
-        "pipeline_model_parallel_layout": parallel.pipeline_model_parallel_layout,
-        "overlap_p2p_comm": overlap,
-        "batch_p2p_comm": not overlap,
-        "deallocate_pipeline_outputs": resolved_deallocate_pipeline_outputs(parallel, platform.name),
-        "params_dtype": dtype,
-        "pipeline_dtype": dtype,
-        "bf16": dtype is torch.bfloat16,
-        "calculate_per_token_loss": True,
-    }
-    return TransformerConfig(**options, **platform.engine_options(config))
 
 
 def build_model(config: RunConfig, model: ModelConfig, platform: Platform) -> list[nn.Module]:
@@ -81,7 +29,7 @@ def build_model(config: RunConfig, model: ModelConfig, platform: Platform) -> li
 
     parallel, model = config.parallel, completed(model)
     engine = engine_config(config, model, platform)
-    layer, final_norm = platform.layer_spec()
+    layer, final_norm = platform.layer_spec(config)
     chunks: list[nn.Module] = []
     for chunk in range(parallel.virtual_pipeline_model_parallel_size or 1):
         vp_stage = chunk if parallel.virtual_pipeline_model_parallel_size else None
@@ -103,6 +51,8 @@ def build_model(config: RunConfig, model: ModelConfig, platform: Platform) -> li
         )
         rope = gpt.rotary_pos_emb
         rope.inv_freq = rotary_frequencies(model).to(rope.inv_freq.device)
+        install_loss(gpt, config, model)
+        add_embedding_noise(gpt, config)
         module: nn.Module = gpt.to(platform.device)
         if engine.bf16:
             module = Float16Module(engine, module)

@@ -34,7 +34,7 @@ class Platform(ABC):
         """Make the machine ready; raises ConfigError where it cannot run this precision."""
 
     @abstractmethod
-    def layer_spec(self) -> tuple[Any, Any]:
+    def layer_spec(self, config: RunConfig) -> tuple[Any, Any]:
         """megatron-core's layer ``ModuleSpec`` and the class of the final norm (None = the engine's own)."""
 
     @abstractmethod

@@ -31,12 +31,14 @@ for _package in ("transformer_engine", "apex"):
     sys.modules.setdefault(_package, None)  # type: ignore[arg-type]
 
 import torch
-import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
 from megatron_syne.config.schema import PrecisionConfig, RunConfig
 from megatron_syne.errors import ConfigError
+from megatron_syne.fp8.choice import emulates_fp8
 from megatron_syne.platform.base import Platform
+from megatron_syne.platform.cpu_adam import GroupStepAdamW
+from megatron_syne.platform.cpu_norm import LocalNorm
 
 _CPU = torch.device("cpu")
 
@@ -62,86 +64,6 @@ class _CudaToCpu(TorchFunctionMode):
         if kwargs.get("pin_memory"):
             kwargs = {**kwargs, "pin_memory": False}
         return func(*args, **kwargs)
-
-
-class GroupStepAdamW(torch.optim.Optimizer):
-    """AdamW with one step counter per parameter group and fp32 moments, as Transformer Engine's FusedAdam.
-
-    torch's own keeps a ``step`` tensor per parameter, with which megatron-core's ``DistributedOptimizer``
-    can save a checkpoint but not load one. Update: decoupled weight decay (Loshchilov and Hutter,
-    arXiv 1711.05101, algorithm 2) with bias correction.
-    """
-
-    def __init__(
-        self,
-        params: Any,
-        lr: float = 1e-3,
-        weight_decay: float = 0.0,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        **_: Any,
-    ) -> None:
-        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "betas": betas, "eps": eps})
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """One update of every parameter that has a gradient."""
-        assert closure is None, "megatron-core passes no closure"
-        for group in self.param_groups:
-            group["step"] = group.get("step", 0) + 1
-            params = [p for p in group["params"] if p.grad is not None]
-            for p in params:
-                if "exp_avg" not in self.state[p]:
-                    self.state[p]["exp_avg"] = torch.zeros_like(p, dtype=torch.float32)
-                    self.state[p]["exp_avg_sq"] = torch.zeros_like(p, dtype=torch.float32)
-            beta1, beta2 = group["betas"]
-            torch.optim._functional.adamw(
-                params,
-                [p.grad for p in params],
-                [self.state[p]["exp_avg"] for p in params],
-                [self.state[p]["exp_avg_sq"] for p in params],
-                [],
-                # the function increments the counters it is given; ours is the group's, so hand it copies
-                [torch.tensor(float(group["step"] - 1)) for _ in params],
-                foreach=False,
-                amsgrad=False,
-                beta1=beta1,
-                beta2=beta2,
-                lr=group["lr"],
-                weight_decay=group["weight_decay"],
-                eps=group["eps"],
-                maximize=False,
-            )
-
-
-class LocalNorm(torch.nn.Module):
-    """RMSNorm or LayerNorm, as the engine's configuration says, over the last dimension.
-
-    A zero-centred weight is kept less 1; the sum is taken in fp32, as Transformer Engine does.
-    """
-
-    def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
-        super().__init__()
-        self.eps = eps
-        self.zero_centered = bool(config.layernorm_zero_centered_gamma)
-        start = torch.zeros if self.zero_centered else torch.ones
-        self.weight = torch.nn.Parameter(start(hidden_size, dtype=config.params_dtype))
-        self.bias: torch.nn.Parameter | None = None
-        if config.normalization == "LayerNorm":
-            self.bias = torch.nn.Parameter(torch.zeros(hidden_size, dtype=config.params_dtype))
-        for parameter in self.parameters():
-            # read by finalize_model_grads: each TP rank has seen only its part of the sequence
-            parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """``[..., hidden]`` -> the same shape and format."""
-        dtype, weight, bias = x.dtype, self.weight, self.bias
-        if self.zero_centered:
-            x, weight = x.float(), weight.float() + 1
-            bias = None if bias is None else bias.float()
-        if bias is None:
-            return F.rms_norm(x, weight.shape, weight, self.eps).to(dtype)
-        return F.layer_norm(x, weight.shape, weight, bias, self.eps).to(dtype)
 
 
 _bridge: _CudaToCpu | None = None
@@ -195,19 +117,22 @@ class CpuPlatform(Platform):
         return _CPU
 
     def start(self, local_rank: int, precision: PrecisionConfig) -> None:
-        if precision.fp8 is not None:
-            raise ConfigError(
-                f"precision.fp8: {precision.fp8!r} needs Transformer Engine on a CUDA GPU, and this run is on "
-                "the CPU platform; set precision.fp8=null or platform=cuda"
-            )
         install_bridge()
 
-    def layer_spec(self) -> tuple[Any, Any]:
+    def layer_spec(self, config: RunConfig) -> tuple[Any, Any]:
         from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 
         spec = get_gpt_layer_local_spec()
         spec.submodules.input_layernorm = LocalNorm
         spec.submodules.pre_mlp_layernorm = LocalNorm
+        if config.parallel.context_parallel_size > 1:
+            from megatron_syne.platform.cpu_attention import ContextParallelAttention
+
+            spec.submodules.self_attention.submodules.core_attention = ContextParallelAttention
+        if emulates_fp8(config.precision, self.name):
+            from megatron_syne.fp8.linear import emulate_linears
+
+            emulate_linears(spec)
         return spec, LocalNorm
 
     def engine_options(self, config: RunConfig) -> dict[str, Any]:

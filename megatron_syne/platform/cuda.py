@@ -97,7 +97,7 @@ class CudaPlatform(Platform):
         torch.cuda.set_device(index)
         self._device = torch.device("cuda", index)
 
-    def layer_spec(self) -> tuple[Any, Any]:
+    def layer_spec(self, config: RunConfig) -> tuple[Any, Any]:
         from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 
         # Kind of the norms, zero-centred weights and biases: these layers take them from the configuration.

@@ -11,16 +11,18 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 
-from megatron_syne.config.arithmetic import (
-    resolved_overlap_p2p_comm,
-    run_schedule,
-)
+from megatron_syne.config.arithmetic import resolved_overlap_p2p_comm
 from megatron_syne.config.schema import ModelConfig, RunConfig
 from megatron_syne.config.tree import one_error
 from megatron_syne.errors import ConfigError
 from megatron_syne.parallel.topology import chunk_layers, data_parallel_size
-from megatron_syne.preflight.data_rules import DATA_RULES, plan_or_none
+from megatron_syne.preflight.data_rules import DATA_RULES
 from megatron_syne.preflight.facts import Facts, PlatformName, nearest, nearest_multiples
+from megatron_syne.preflight.fp8_rules import FP8_RULES
+from megatron_syne.preflight.harness_rules import HARNESS_RULES
+from megatron_syne.preflight.memory_rules import MEMORY_RULES
+from megatron_syne.preflight.stage_rules import STAGE_RULES
+from megatron_syne.preflight.trainable_rules import TRAINABLE_RULES
 
 Problems = Iterator[str]
 Rule = Callable[[Facts], Problems]
@@ -185,93 +187,6 @@ def param_gather_overlap_fits(facts: Facts) -> Problems:
             yield f"{facts.at('parallel.overlap_param_gather')} needs parallel.{name}: true"
 
 
-def fp8_can_run(facts: Facts) -> Problems:
-    """FP8 is Transformer Engine's: CUDA, bf16 around it."""
-    precision = facts.config.precision
-    if precision.fp8 is None:
-        for name in ("first_last_layers_bf16", "fp8_param_gather"):
-            if facts.get(f"precision.{name}"):
-                yield f"{facts.at(f'precision.{name}')} needs precision.fp8; set it to false"
-        return
-    if facts.platform == "cpu":
-        yield (
-            f"{facts.at('precision.fp8')} on the CPU platform: FP8 needs a CUDA GPU and Transformer Engine, "
-            f"there is no fallback; set it to null"
-        )
-    if precision.params_dtype == "fp32":
-        yield f"{facts.at('precision.fp8')} with {facts.at('precision.params_dtype')}: FP8 needs bf16"
-    if precision.first_last_layers_bf16 and precision.fp8 == "delayed":
-        yield (
-            f"{facts.at('precision.first_last_layers_bf16')} with {facts.at('precision.fp8')}: megatron-core does "
-            f"not support it with delayed scaling; use tensorwise or blockwise"
-        )
-
-
-def fp8_dimensions_fit(facts: Facts) -> Problems:
-    """The FP8 matrix products want every dimension, as one rank sees it, in multiples of 16."""
-    if facts.config.precision.fp8 is None:
-        return
-    tp = facts.config.parallel.tensor_model_parallel_size
-    heads, groups = facts.number("model.num_attention_heads"), facts.number("model.num_query_groups")
-    size = facts.number("model.kv_channels")
-    for what, width in (
-        ("hidden_size", facts.number("model.hidden_size") * tp),
-        ("ffn_hidden_size / TP", facts.number("model.ffn_hidden_size")),
-        ("num_attention_heads x kv_channels / TP", heads * size),
-        ("(num_attention_heads + 2 x num_query_groups) x kv_channels / TP", (heads + 2 * groups) * size),
-        *(
-            ("seq_length x micro_batch_size", tp * length * facts.number("train.micro_batch_size"))
-            for length in dict.fromkeys(length for _, length in facts.seq_lengths())
-        ),
-    ):
-        if width % (16 * tp) and width % tp == 0:
-            yield (
-                f"{facts.at('precision.fp8')}: {what} = {width // tp} must be a multiple of 16; "
-                f"nearest legal: {nearest_multiples(width // tp, 16)}"
-            )
-
-
-def schedule_fits(facts: Facts) -> Problems:
-    """Learning rates in order; warm-up, decay and WSD's final decay one after the other within the run."""
-    schedule, rate = facts.config.schedule, facts.config.optimizer
-    if rate.min_lr > rate.lr:
-        yield f"{facts.at('optimizer.min_lr')} is greater than {facts.at('optimizer.lr')}"
-    if schedule.lr_warmup_init > rate.lr:
-        yield f"{facts.at('schedule.lr_warmup_init')} is greater than {facts.at('optimizer.lr')}"
-    if schedule.lr_warmup_iters is not None and schedule.lr_warmup_tokens is not None:
-        yield (
-            f"{facts.at('schedule.lr_warmup_iters')} and {facts.at('schedule.lr_warmup_tokens')}: "
-            f"give one of them, set the other to null"
-        )
-        return
-    plan = plan_or_none(facts)
-    if plan is None:
-        return
-    iters, batch = plan.train_iters, facts.config.train.global_batch_size
-    samples = run_schedule(facts.config, plan)
-    end = "schedule.lr_decay_iters" if schedule.lr_decay_iters else "the length of the run"
-    warmup = (
-        "schedule.lr_warmup_iters" if schedule.lr_warmup_iters is not None else "schedule.lr_warmup_tokens"
-    )
-    if samples.warmup >= samples.decay:
-        yield (
-            f"{facts.at(warmup)}: the warm-up of {samples.warmup / batch:g} iterations does not end before "
-            f"{end}, {samples.decay // batch} iterations; at most {samples.decay // batch - 1}"
-        )
-    elif schedule.lr_decay_style == "WSD" and samples.warmup + samples.wsd_decay > samples.decay:
-        room = (samples.decay - samples.warmup) // batch
-        yield (
-            f"{facts.at('schedule.lr_wsd_decay_iters')} does not fit between the warm-up and {end}, "
-            f"{samples.decay // batch} iterations; at most {room}"
-        )
-    elif schedule.lr_decay_style == "WSD" and not samples.wsd_decay and samples.decay < iters * batch:
-        yield (
-            f"{facts.at('schedule.lr_decay_iters')} is below the {iters} iterations of the run and WSD has no final "
-            f"decay: the learning rate would drop from {rate.lr:g} to {rate.min_lr:g} at once; give "
-            f"schedule.lr_wsd_decay_iters or set lr_decay_iters to null"
-        )
-
-
 def signals_exist(facts: Facts) -> Problems:
     """Exit signals are names of signals that a process can catch."""
     names = [each.name for each in signal.Signals if each.name not in ("SIGKILL", "SIGSTOP")]
@@ -308,11 +223,13 @@ RULES: tuple[Rule, ...] = (
     interleaved_messages_keep_order,
     overlap_needs_interleaving,
     param_gather_overlap_fits,
-    fp8_can_run,
-    fp8_dimensions_fit,
-    schedule_fits,
     signals_exist,
     start_is_outside_run,
+    *MEMORY_RULES,
+    *FP8_RULES,
+    *STAGE_RULES,
+    *TRAINABLE_RULES,
+    *HARNESS_RULES,
     *DATA_RULES,
 )
 

@@ -1,7 +1,7 @@
 """The one seam of the trainer: subclass :class:`Callback` and override the events you need.
 
-Order of events: ``on_train_start``, then per step ``on_step_start``, ``on_step_end``, ``on_evaluation`` where
-one was due, ``on_step_boundary``; ``on_checkpoint_saved`` after each checkpoint; at the end ``on_train_end``,
+Order of events: ``on_train_start``, then per step ``on_step_start``, ``on_batch``, ``on_step_end``,
+``on_evaluation`` where one was due, ``on_step_boundary``; ``on_checkpoint_saved`` after each checkpoint; at the end ``on_train_end``,
 or ``on_exception`` in its place. An evaluation that was due when the run was stopped comes first on resume.
 All ranks get all events, with the same metrics.
 """
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from megatron_syne.training.forward import Batch
     from megatron_syne.training.trainer import Trainer
 
 
@@ -23,6 +24,9 @@ class Callback:
 
     def on_step_start(self, trainer: Trainer) -> None:
         """Before the batch of the next step is read."""
+
+    def on_batch(self, trainer: Trainer, batches: list[Batch]) -> None:
+        """This rank's micro-batches of the step are there, the forward pass comes next."""
 
     def on_step_end(self, trainer: Trainer, metrics: dict[str, float]) -> None:
         """A step is done and counted. ``metrics``: loss, grad_norm, learning_rate, tokens_per_second, ..."""

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_syne.models.embedding_noise import announce_samples
 from megatron_syne.platform.base import Platform
 
 Batch = dict[str, torch.Tensor]
@@ -20,6 +21,7 @@ def forward_step(platform: Platform, batches: Iterator[Batch], model: Any) -> tu
     causal mask is the engine's own, but where ``document_ids`` say that each document keeps to itself.
     """
     batch = next(batches)
+    announce_samples(model, batch.get("sample_ids"))
     mask, packed = None, None
     if "document_ids" in batch:
         mask, packed = platform.document_attention(batch["document_ids"])

@@ -1,4 +1,4 @@
-"""megatron-core's DDP, distributed optimizer and learning-rate schedule, from the configuration."""
+"""megatron-core's DDP and distributed optimizer, from the configuration."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ from typing import Any
 
 from torch import nn
 
-from megatron_syne.config.arithmetic import RunLength, run_schedule
 from megatron_syne.config.schema import RunConfig
-from megatron_syne.models.gpt import DTYPES, unwrap
+from megatron_syne.models.engine_options import DTYPES
+from megatron_syne.models.gpt import unwrap
+from megatron_syne.training.param_groups import group_overrides
 
 
 def wrap_ddp(chunks: list[nn.Module], config: RunConfig) -> list[Any]:
@@ -54,41 +55,20 @@ def build_optimizer(chunks: list[Any], config: RunConfig) -> Any:
         use_distributed_optimizer=config.parallel.use_distributed_optimizer,
         overlap_param_gather=config.parallel.overlap_param_gather,
     )
-    return get_megatron_optimizer(engine_options, chunks, use_gloo_process_groups=False)
-
-
-def build_scheduler(optimizer: Any, config: RunConfig, run: RunLength) -> Any:
-    """megatron-core's schedule over a plan of samples, counted in samples: the batch size may change on the way."""
-    from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
-
-    schedule, samples = config.schedule, run_schedule(config, run)
-    return OptimizerParamScheduler(
-        optimizer,
-        init_lr=schedule.lr_warmup_init,
-        max_lr=config.optimizer.lr,
-        min_lr=config.optimizer.min_lr,
-        lr_warmup_steps=samples.warmup,
-        lr_decay_steps=samples.decay,
-        lr_decay_style=schedule.lr_decay_style,
-        start_wd=config.optimizer.weight_decay,
-        end_wd=config.optimizer.weight_decay,
-        wd_incr_steps=samples.decay,
-        wd_incr_style="constant",
-        use_checkpoint_opt_param_scheduler=False,
-        override_opt_param_scheduler=False,
-        wsd_decay_steps=samples.wsd_decay,
-        lr_wsd_decay_style=schedule.lr_wsd_decay_style,
+    return get_megatron_optimizer(
+        engine_options, chunks, config_overrides=group_overrides(config), use_gloo_process_groups=False
     )
 
 
-def set_learning_rate(scheduler: Any, consumed_samples: int) -> None:
-    """Put the schedule where ``consumed_samples`` says.
+def set_learning_rate(optimizer: Any, rate: float, weight_decay: float) -> None:
+    """Give every parameter group its learning rate and weight decay of the next step.
 
-    The rate is a function of the samples consumed and of nothing else: there is no scheduler state to save,
-    to restore twice, or to lag by one step after a resume.
+    Both are functions of the samples consumed and of nothing else: there is no scheduler state to save, to
+    restore twice, or to lag by one step after a resume.
     """
-    scheduler.num_steps = consumed_samples
-    scheduler.step(increment=0)
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group.get("lr_mult", 1.0)
+        group["weight_decay"] = weight_decay * group.get("wd_mult", 1.0)
 
 
 def connect(chunks: list[Any], optimizer: Any, config: RunConfig) -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 from megatron_syne.config.schema import ModelConfig, RunConfig
 from megatron_syne.errors import DataError
+from megatron_syne.fp8.layers import Fp8Layers
 from megatron_syne.platform.base import Platform
 from megatron_syne.training.callback import Callback
 from megatron_syne.training.forward import Batch, forward_step, reduce_over_world
@@ -28,7 +29,8 @@ class Trainer:
     chunks: list[Any]
     """This rank's model chunks, wrapped in DDP."""
     optimizer: Any
-    scheduler: Any
+    learning_rate: Callable[[int], float]
+    """Learning rate of the step that begins after so many samples."""
     train_data: Any
     """``global_batch(consumed_samples) -> list of micro-batches`` of this rank, and ``seq_length_at(sample)``."""
     validation_data: dict[str, Any]
@@ -36,6 +38,10 @@ class Trainer:
     train_iters: int
     state: TrainState = field(default_factory=TrainState)
     callbacks: Sequence[Callback] = ()
+    fp8: Fp8Layers | None = None
+    """This rank's FP8 layers, None without FP8."""
+    extra_metrics: dict[str, float] = field(default_factory=dict)
+    """What callbacks add to the metrics of the step under way; the same on every rank."""
     stop_requested: float = 0.0
     """Set non-zero by a callback of *any* rank: all ranks stop together after the current step."""
     stop_reason: str | None = None
@@ -61,10 +67,13 @@ class Trainer:
     def train_step(self) -> dict[str, float]:
         """One optimizer step on the next global batch; returns its metrics, the same on every rank."""
         started = time.perf_counter()
-        set_learning_rate(self.scheduler, self.state.consumed_samples)
+        rate = self.learning_rate(self.state.consumed_samples)
+        set_learning_rate(self.optimizer, rate, self.config.optimizer.weight_decay)
         asked = time.perf_counter()
         batches = self.train_data.global_batch(self.state.consumed_samples)
         data_seconds = time.perf_counter() - asked
+        self.extra_metrics = {}
+        self.emit("on_batch", batches)
 
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
@@ -87,7 +96,7 @@ class Trainer:
         return {
             "loss": loss,
             "grad_norm": float(grad_norm),
-            "learning_rate": self.optimizer.param_groups[0]["lr"],
+            "learning_rate": rate,
             "tokens_per_second": tokens / seconds,
             "step_seconds": seconds,
             "data_seconds": data_seconds,
@@ -95,6 +104,7 @@ class Trainer:
             "consumed_tokens": float(self.state.consumed_tokens),
             "consumed_samples": float(self.state.consumed_samples),
             "peak_memory_bytes": float(self.platform.peak_memory()),
+            **self.extra_metrics,
         }
 
     def refuse_unless_finite(self, loss: float, grad_norm: float, refused: bool) -> None:

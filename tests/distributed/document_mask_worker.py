@@ -13,7 +13,7 @@ def main() -> None:
         from safetensors.torch import save_file
 
         from megatron_syne.models.gpt import build_model
-        from megatron_syne.train import initialize
+        from megatron_syne.assembly import initialize
 
         chunks = build_model(config, model, platform)
         initialize(config, model, chunks)

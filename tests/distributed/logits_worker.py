@@ -28,7 +28,7 @@ def forward(config, model, platform, rows):
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
     from megatron_syne.models.gpt import build_model
-    from megatron_syne.train import initialize
+    from megatron_syne.assembly import initialize
 
     chunks = build_model(config, model, platform)
     initialize(config, model, chunks)

@@ -137,7 +137,7 @@ def resume(bench: Bench, checkpoint: Path, *overrides: str) -> Any:
     """The training batches of a run that goes on from a checkpoint, as ``train.py`` makes them."""
     from megatron_syne.config.loader import load_config
     from megatron_syne.data.loader import build_training_data
-    from megatron_syne.train import plan_of
+    from megatron_syne.assembly import plan_of
 
     config = load_config(str(bench.config), list(overrides))
     plan, ledger, changes = plan_of(config, checkpoint, tell=False)

@@ -21,6 +21,7 @@ def main() -> None:
     from megatron_syne.platform.base import select
 
     platform = select("cpu")
+    from megatron_syne.assembly import build_trainer
     from megatron_syne.config.loader import load_config
     from megatron_syne.models.config import resolve_model
     from megatron_syne.parallel.ranks import rank_info
@@ -30,7 +31,6 @@ def main() -> None:
         stop_model_parallel,
     )
     from megatron_syne.preflight.rules import check
-    from megatron_syne.train import build_trainer
     from megatron_syne.training.callback import Callback
 
     class Abandoned(Exception):

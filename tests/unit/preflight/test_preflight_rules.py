@@ -168,10 +168,6 @@ BROKEN: dict[str, tuple[list[str], list[str]]] = {
         ["parallel.overlap_param_gather=true"],
         ["parallel.overlap_param_gather = true (command line) needs parallel.overlap_grad_reduce: true"],
     ),
-    "fp8 on CPU": (
-        ["precision.fp8=tensorwise"],
-        ["precision.fp8 = tensorwise (command line) on the CPU platform", "no fallback", "set it to null"],
-    ),
     "fp8 weights without fp8": (
         ["precision.fp8_param_gather=true"],
         ["precision.fp8_param_gather = true (command line) needs precision.fp8"],
