@@ -58,6 +58,8 @@ EXTRAS = {
     # includes it for that reason.
     "te": ["transformer-engine[pytorch,core_cu13]>=2.9,<2.12; sys_platform == 'linux'"],
     "data": DATA,
+    # Evaluation during training: the harness, and what its transformers model imports.
+    "eval": [*HUGGING_FACE, "lm_eval>=0.4.11,<0.5", "accelerate>=1"],
     "dali": ["nvidia-dali-cuda130>=2.0; sys_platform == 'linux'"],
     "dev": [
         *DATA,

@@ -11,13 +11,12 @@ Rank 0 reads, tokenises and writes; the others compute. The numbers are those of
 
 from __future__ import annotations
 
-import argparse
 import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from megatron_syne.command_line import ProgressLine
+from megatron_syne.command_line import Parser, ProgressLine
 from megatron_syne.config.loader import load_config
 from megatron_syne.config.schema import DataConfig, ModelConfig, RunConfig, ScheduleConfig, TrainConfig
 from megatron_syne.curation.perplexity_options import (
@@ -43,9 +42,7 @@ if TYPE_CHECKING:
 
 def main(argv: list[str] | None = None) -> int:
     """Parse, check, build the model on this rank and score. Returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="megatron_syne.score", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(prog="megatron_syne.score", description=__doc__)
     parser.add_argument("--config", required=True, help="YAML file of the run")
     parser.add_argument("overrides", nargs="*", help="section.option=value")
     add_scoring_arguments(parser)

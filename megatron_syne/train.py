@@ -6,11 +6,11 @@ One process per rank; start them with ``launch/local.sh run.yaml`` (one machine)
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
-from megatron_syne.assembly import build_trainer, open_inputs
+from megatron_syne.assembly import each_leg, open_inputs
+from megatron_syne.command_line import Parser
 from megatron_syne.config.loader import load_config, save_resolved
 from megatron_syne.config.schema import ModelConfig, RunConfig
 from megatron_syne.errors import (
@@ -36,7 +36,7 @@ LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pi
 
 def main(argv: list[str] | None = None) -> int:
     """Parse, check, then show the plan or train. Returns 0 when training is complete."""
-    parser = argparse.ArgumentParser(prog="megatron_syne.train", description=(__doc__ or "").split("\n")[0])
+    parser = Parser(prog="megatron_syne.train", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--config", help="YAML file of the run")
     parser.add_argument("overrides", nargs="*", help="section.option=value")
     parser.add_argument(
@@ -80,9 +80,10 @@ def run(config: RunConfig, model: ModelConfig, platform: Platform, info: RankInf
         save_resolved(config, run_dir / "config.yaml")
     trainer = None
     try:
-        trainer = build_trainer(config, model, platform, info)
-        trainer.callbacks = [stop, *trainer.callbacks]
-        trainer.fit()
+        for trainer in each_leg(config, model, platform, info):
+            trainer.callbacks = [stop, *trainer.callbacks]
+            trainer.fit()
+        assert trainer is not None
         step, complete = trainer.state.step, trainer.complete
         if info.rank == 0:
             record.write(EXIT_OK if complete else EXIT_REQUEUE, step)

@@ -1,4 +1,4 @@
-"""When to save: at the interval, at ``exit_interval``, and at the end or when asked to stop."""
+"""When to save: at the interval, at ``exit_interval``, at the end of a leg or of the run, or when asked to stop."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_syne.checkpoint.manager import CheckpointManager
+from megatron_syne.config.stages import trains
 from megatron_syne.training.callback import Callback
 
 if TYPE_CHECKING:
@@ -16,7 +17,8 @@ if TYPE_CHECKING:
 class CheckpointCallback(Callback):
     """Saves, and tells the other callbacks."""
 
-    def __init__(self, manager: CheckpointManager, last_saved: int = -1) -> None:
+    def __init__(self, manager: CheckpointManager, last_saved: tuple[int, int] | None = None) -> None:
+        """``last_saved``: step, and step of the last evaluation, that this run's newest checkpoint holds."""
         self.manager = manager
         self.last_saved = last_saved
 
@@ -30,8 +32,9 @@ class CheckpointCallback(Callback):
             trainer.stop_reason = f"train.exit_interval={exit_interval} was reached"
 
     def on_train_end(self, trainer: Trainer) -> None:
-        """Whatever ended training: nothing done is lost."""
-        if self.last_saved != trainer.state.step and trainer.state.step > 0:
+        """Whatever ended training: nothing done is lost, an evaluation that was made up for neither."""
+        now = (trainer.state.step, trainer.state.evaluated_step)
+        if self.last_saved != now and trainer.state.step > 0:
             self.save(trainer)
 
     def save(self, trainer: Trainer) -> Path:
@@ -41,9 +44,12 @@ class CheckpointCallback(Callback):
             "data": trainer.train_data.ledger(trainer.state.consumed_samples),
             "layout": asdict(trainer.config.parallel),
             "precision": asdict(trainer.config.precision),
+            "trains": trains(trainer.config),
         }
+        if trainer.fp8_record is not None:
+            run["fp8"] = trainer.fp8_record()
         trainer.gather_parameters()
         path = self.manager.save(trainer.chunks, trainer.optimizer, trainer.state, run, trainer.fp8)
-        self.last_saved = trainer.state.step
+        self.last_saved = (trainer.state.step, trainer.state.evaluated_step)
         trainer.emit("on_checkpoint_saved", path)
         return path

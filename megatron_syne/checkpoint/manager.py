@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 import warnings
 from dataclasses import asdict
 from pathlib import Path
@@ -13,7 +14,14 @@ import torch.distributed as dist
 from torch.distributed.checkpoint import CheckpointException
 
 from megatron_syne.checkpoint import folder as folders
-from megatron_syne.checkpoint.fp8_state import sharded_fp8_state, without_extra_state
+from megatron_syne.checkpoint import optimizer_state
+from megatron_syne.checkpoint.fp8_state import (
+    holds_fp8_state,
+    sharded_fp8_state,
+    wanted_fp8_state,
+    with_empty_extra_state,
+    without_extra_state,
+)
 from megatron_syne.config.schema import ModelConfig
 from megatron_syne.errors import ConfigError, DataError, IOFault
 from megatron_syne.fp8.layers import Fp8Layers
@@ -48,7 +56,7 @@ class CheckpointManager:
         self._on_rank_0(lambda: self._make(temporary))
         from megatron.core import dist_checkpointing
 
-        sharded = sharded_state(chunks, optimizer, is_loading=False, fp8=fp8)
+        sharded = sharded_state(chunks, optimizer, fp8)
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
@@ -103,33 +111,45 @@ class CheckpointManager:
         )
 
 
-def _chunk_key(chunks: list[Any], index: int) -> str:
-    """Name of a model chunk in the state dict, as Megatron-LM has it."""
-    return "model" if len(chunks) == 1 else f"model{index}"
-
-
-def sharded_state(
-    chunks: list[Any], optimizer: Any | None, is_loading: bool, fp8: Fp8Layers | None = None
-) -> dict[str, Any]:
-    """megatron-core's sharded state dict of model and, where given, optimizer.
+def _metadata(per_layer: bool) -> dict[str, Any]:
+    """What the engine is told of the format.
 
     ``fully_reshardable``: optimizer state as whole tensors, so that TP, PP and DP may all change.
     """
     from megatron.core import parallel_state
 
-    metadata = {
+    return {
         "distrib_optim_sharding_type": "fully_reshardable",
         "distrib_optim_fully_reshardable_mem_efficient": False,
         "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
+        "non_homogeneous_layers": per_layer,
     }
-    state: dict[str, Any] = {
-        _chunk_key(chunks, index): without_extra_state(unwrap(chunk).sharded_state_dict(metadata=metadata))
-        for index, chunk in enumerate(chunks)
-    }
+
+
+def _chunk_keys(chunks: list[Any]) -> list[str]:
+    """Names of the model chunks in the state dict, as Megatron-LM has them."""
+    return ["model"] if len(chunks) == 1 else [f"model{index}" for index in range(len(chunks))]
+
+
+def model_state(chunks: list[Any], per_layer: bool = False) -> dict[str, Any]:
+    """megatron-core's sharded state dict of the weights; ``per_layer``: with a key for each layer."""
+    state = {}
+    for key, chunk in zip(_chunk_keys(chunks), chunks, strict=True):
+        model: Any = unwrap(chunk)
+        state[key] = without_extra_state(model.sharded_state_dict(metadata=_metadata(per_layer)))
+    return state
+
+
+def sharded_state(chunks: list[Any], optimizer: Any, fp8: Fp8Layers | None = None) -> dict[str, Any]:
+    """megatron-core's sharded state dict of model and optimizer, for saving; all ranks must call."""
+    optimizer_state.agree_on_step(optimizer)
+    state = model_state(chunks)
+    per_layer = optimizer_state.anything_frozen(chunks)
+    named = model_state(chunks, per_layer) if per_layer else state
+    own = optimizer.sharded_state_dict(named, is_loading=False, metadata=_metadata(per_layer))
+    state["optimizer"] = own
     if fp8 is not None:
         state["fp8"] = sharded_fp8_state(fp8)
-    if optimizer is not None:
-        state["optimizer"] = optimizer.sharded_state_dict(state, is_loading=is_loading, metadata=metadata)
     return state
 
 
@@ -140,30 +160,82 @@ def _cause(error: BaseException) -> str:
     return (errors or lines or [type(error).__name__])[-1] if not isinstance(error, OSError) else str(error)
 
 
-def load(path: Path, chunks: list[Any], optimizer: Any | None, fp8: Fp8Layers | None = None) -> TrainState:
+def load(
+    path: Path,
+    chunks: list[Any],
+    optimizer: Any | None,
+    fp8: Fp8Layers | None = None,
+    reset_optimizer: bool = False,
+) -> TrainState:
     """Load weights and, where ``optimizer`` is given, its state and the run's counters; any layout.
 
-    Without an optimizer only the weights are taken (starting another run) and a fresh state is returned.
+    Without an optimizer only the weights are taken (starting another run) and a fresh state is returned. What
+    trains may have changed: see ``optimizer_state``; rank 0 says so on stderr. ``reset_optimizer``: master
+    weights are kept, moments and Adam's step count begin anew.
     """
+    folders.read_manifest(path)
+    stored = folders.read_metadata(path).state_dict_metadata
+    wanted = model_state(chunks)
+    if optimizer is None:
+        put_weights(chunks, _read(path, wanted))
+        return TrainState()
+    if fp8 is not None:
+        wanted["fp8"] = wanted_fp8_state(fp8, stored)
+
+    file = optimizer_state.state_file(stored)
+    change = optimizer_state.change_since(file, model_state(chunks, per_layer=True))
+    named = model_state(chunks, file.per_layer)
+    template = optimizer.sharded_state_dict(named, is_loading=True, metadata=_metadata(file.per_layer))
+    places = optimizer_state.wanted_from(template, file, reset_optimizer)
+    wanted |= {"optimizer_tensors": places, "left_aside": optimizer_state.holes(named, places)}
+    loaded = _read(path, wanted, whole=not change and not reset_optimizer)
+    put_weights(chunks, loaded)
+
+    goes_on = bool(change.goes_on) and not reset_optimizer
+    step = optimizer_state.stored_step(loaded["optimizer"]) if goes_on else 0
+    weights = {leaf.key: leaf.data for leaf in optimizer_state.leaves(named)}
+    read = loaded.get("optimizer_tensors", {})
+    optimizer.load_state_dict(optimizer_state.filled(template, read, weights, step))
+    words = change.words(reset_optimizer, _betas(optimizer))
+    if fp8 is not None:
+        if wanted["fp8"]:
+            fp8.load_state(loaded["fp8"])
+        elif fp8.state():
+            words.append("it holds no FP8 state: scaling begins anew")
+    elif holds_fp8_state(stored):
+        words.append("its FP8 state is left aside: this run computes without FP8")
+    for word in words if dist.get_rank() == 0 else []:
+        print(f"{path}: {word}", file=sys.stderr)
+    return TrainState.from_dict(folders.read_run(path)["state"])
+
+
+def _read(path: Path, wanted: dict[str, Any], whole: bool = True) -> dict[str, Any]:
+    """megatron-core's load; ``whole``: that each tensor is asked for in full, once, is checked by it."""
     from megatron.core import dist_checkpointing
 
-    folders.read_manifest(path)
-    folders.read_metadata(path)
-    sharded = sharded_state(chunks, optimizer, is_loading=True, fp8=fp8)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            loaded = dist_checkpointing.load(sharded, str(path))
+            loaded: dict[str, Any] = dist_checkpointing.load(
+                wanted, str(path), validate_access_integrity=whole
+            )
     except CheckpointException as error:
         raise DataError(
             f"{path}: damaged, it cannot be loaded: {_cause(error)}. Move it away to go on from the one before"
         ) from None
-    for index, chunk in enumerate(chunks):
-        unwrap(chunk).load_state_dict(loaded[_chunk_key(chunks, index)], strict=True)
-    if optimizer is None:
-        return TrainState()
-    optimizer.load_state_dict(loaded["optimizer"])
-    return TrainState.from_dict(folders.read_run(path)["state"])
+    return loaded
+
+
+def put_weights(chunks: list[Any], loaded: dict[str, Any]) -> None:
+    """Put what was loaded for :func:`model_state` into the model."""
+    for key, chunk in zip(_chunk_keys(chunks), chunks, strict=True):
+        model = unwrap(chunk)
+        model.load_state_dict(with_empty_extra_state(loaded[key], model), strict=True)
+
+
+def _betas(optimizer: Any) -> tuple[float, float]:
+    beta1, beta2 = optimizer.param_groups[0]["betas"]
+    return float(beta1), float(beta2)
 
 
 def read_ledger(path: Path) -> tuple[dict[str, Any], int, int]:
@@ -181,16 +253,36 @@ def read_ledger(path: Path) -> tuple[dict[str, Any], int, int]:
     return run["data"], int(run["state"]["consumed_samples"]), int(run["state"]["step"])
 
 
-def check_same_model(path: Path, model: ModelConfig) -> None:
-    """Refuse a checkpoint of another architecture, naming every field that differs."""
+STAGE_MAY_CHANGE = (
+    "rotary_base",
+    "rope_scaling_factor",
+    "rope_low_freq_factor",
+    "rope_high_freq_factor",
+    "rope_original_max_position_embeddings",
+    "max_position_embeddings",
+)
+"""Fields of the model without weights of their own, which may change where a stage begins."""
+
+
+def check_same_model(path: Path, model: ModelConfig, stage_begins: bool = False) -> list[str]:
+    """Refuse a checkpoint of another architecture, naming every field that differs.
+
+    ``stage_begins``: positions (:data:`STAGE_MAY_CHANGE`) may differ, as at the begin of a stage or of a run;
+    the differences are returned, to be told and recorded.
+    """
     stored = folders.read_run(path)["model"]
-    differing = [
-        f"{name}: checkpoint {stored[name]!r}, configuration {value!r}"
+    differing = {
+        name: f"{name}: checkpoint {stored.get(name)!r}, configuration {value!r}"
         for name, value in asdict(model).items()
         if name not in ("hf_path", "preset") and stored.get(name) != value
-    ]
-    if differing:
-        raise ConfigError(
-            f"{path} holds another model: {'; '.join(differing)}. Restore the model section, or start a new "
-            "run_dir with other weights"
-        )
+    }
+    allowed = [text for name, text in differing.items() if name in STAGE_MAY_CHANGE]
+    if not differing or (stage_begins and len(allowed) == len(differing)):
+        return allowed
+    hint = ""
+    if allowed and not stage_begins:
+        hint = " (a new stage may change rotary_base and max_position_embeddings: data.stages[])"
+    raise ConfigError(
+        f"{path} holds another model: {'; '.join(differing.values())}{hint}. Restore the model section, or start a "
+        "new run_dir with other weights"
+    )

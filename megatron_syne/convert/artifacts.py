@@ -44,6 +44,16 @@ def collect_artifacts(
                 os.fsync(stream.fileno())
 
 
+def refresh_config(target: Path, model: ModelConfig, params_dtype: str) -> None:
+    """Bring the configuration in ``target`` up to date with a model that a stage has changed (its RoPE base)."""
+    before = read_json_inside(target, CONFIG)
+    config = hf_config_from_model(model, TORCH_NAMES[SHORT_NAMES[params_dtype]], base=before)
+    if config != before:
+        scratch = target.with_name(f".{CONFIG}.tmp")
+        scratch.write_bytes(json_document(config))
+        os.replace(scratch, target / CONFIG)
+
+
 def _artifacts_of(path: Path) -> Path:
     """Where a Hugging Face folder, a folder of shards or a checkpoint keeps them."""
     return path / HF_FOLDER if exists_inside(path, HF_FOLDER) else path

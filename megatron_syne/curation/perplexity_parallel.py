@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from megatron_syne.config.schema import ParallelConfig
 from megatron_syne.curation.perplexity_windows import batches_of, micro_batches, padded_length, padded_rows
 from megatron_syne.errors import PeerFailed
+from megatron_syne.parallel.context import own_part
 
 GO, END, FAILED = 0, 1, 2
 
@@ -94,7 +95,8 @@ class ParallelScorer:
         return result
 
     def _forward(self, batches: list[NDArray[np.int64]]) -> list[torch.Tensor]:
-        """Sums of the rows of each micro-batch ``[2, rows, length]`` on the last stage, nothing elsewhere."""
+        """Sums of the rows of each micro-batch ``[2, rows, length]`` on the last stage, nothing elsewhere; under
+        context parallelism of this rank's part of the rows."""
         data = [torch.from_numpy(batch).to(self._device) for batch in batches]
         iterators = [iter(data) for _ in self._chunks]
         with torch.no_grad():
@@ -111,8 +113,11 @@ class ParallelScorer:
         return found
 
     def _step(self, batches: Any, chunk: Any) -> tuple[torch.Tensor, Callable[..., torch.Tensor]]:
-        tokens, labels = next(batches)
-        positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+        whole = next(batches)  # [2, rows, length]
+        positions = torch.arange(whole.shape[2], device=whole.device).expand_as(whole[:1])
+        rank = parallel_state.get_context_parallel_rank()
+        size = parallel_state.get_context_parallel_world_size()
+        tokens, labels, positions = own_part(torch.cat([whole, positions]), rank, size, dim=2)
         return chunk(tokens, positions, None), lambda logits, non_loss_data=True: self._sums(logits, labels)
 
     def _sums(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -24,7 +24,8 @@ MOST_CONTEXT = 8192
 _IN_FLIGHT = 4
 """Micro-batches per pipeline stage: of a pass, (PP - 1) / (4 PP + PP - 1) of the time is its bubble."""
 _MULTIPLE = 16
-"""Padded lengths are multiples of this times TP, so that sequence parallelism and FP8 can cut them."""
+"""Padded lengths are multiples of this times TP x CP, so that sequence and context parallelism and FP8 can cut
+them."""
 
 
 class Batch(NamedTuple):
@@ -82,5 +83,5 @@ def micro_batches(parallel: ParallelConfig) -> int:
 
 def padded_length(length: int, parallel: ParallelConfig) -> int:
     """The length that windows of ``length`` tokens are padded to."""
-    multiple = _MULTIPLE * parallel.tensor_model_parallel_size
+    multiple = _MULTIPLE * parallel.tensor_model_parallel_size * parallel.context_parallel_size
     return -(-length // multiple) * multiple

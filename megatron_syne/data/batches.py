@@ -2,7 +2,7 @@
 
 Micro-batch ``m`` of rank ``r`` in the global batch that starts at sample ``c`` holds the samples
 ``c + m * mbs * dp + r * mbs + j``, ``j < mbs``: which samples make up a global batch does not depend on dp
-or on the micro-batch size, so a run goes on in another layout.
+or on the micro-batch size, so a run goes on in another layout. Both sizes are those of the plan's segment.
 """
 
 from __future__ import annotations
@@ -15,11 +15,13 @@ from numpy.typing import NDArray
 
 from megatron_syne.config.schema import DataConfig
 from megatron_syne.data.dataset import Sample, Samples
+from megatron_syne.data.mixture.plan import MixturePlan
 from megatron_syne.errors import ConfigError
 
 Arrays = dict[str, NDArray[Any]]
 """``tokens``, ``labels``, ``position_ids`` (int64), ``loss_mask`` (float32), with ``reset_attention_mask`` also
-``document_ids`` (int32): each [micro batch, seq]."""
+``document_ids`` (int32): each [micro batch, seq]; where noise is drawn by it ``sample_ids`` (int64, [micro batch]),
+the samples' indices in the run."""
 
 
 @dataclass(frozen=True)
@@ -30,11 +32,13 @@ class BatchForm:
     """Adds ``document_ids``: 0, 1, 2, ... within the sample, what follows the last boundary (padding) its own."""
     reset_position_ids: bool = False
     eod_mask_loss: bool = False
+    sample_ids: bool = False
+    """Adds ``sample_ids``."""
 
     @classmethod
-    def of(cls, data: DataConfig) -> BatchForm:
-        """Of a configuration."""
-        return cls(data.reset_attention_mask, data.reset_position_ids, data.eod_mask_loss)
+    def of(cls, data: DataConfig, sample_ids: bool = False) -> BatchForm:
+        """Of a configuration; ``sample_ids`` where the training draws noise by them."""
+        return cls(data.reset_attention_mask, data.reset_position_ids, data.eod_mask_loss, sample_ids)
 
 
 class BatchBuilder:
@@ -48,39 +52,62 @@ class BatchBuilder:
         data_parallel_rank: int = 0,
         data_parallel_size: int = 1,
         form: BatchForm = BatchForm(),
+        plan: MixturePlan | None = None,
     ) -> None:
-        step = micro_batch_size * data_parallel_size
-        if step < 1 or global_batch_size < 1 or global_batch_size % step:
-            raise ConfigError(
-                f"train.global_batch_size: {global_batch_size} is not a multiple of micro_batch_size "
-                f"{micro_batch_size} x data parallel {data_parallel_size}"
-            )
+        """``plan``: its segments' batches are used, and the two sizes given are not."""
         if not 0 <= data_parallel_rank < data_parallel_size:
             raise ConfigError(f"data parallel rank {data_parallel_rank} of {data_parallel_size}")
         self.dataset, self.last = dataset, len(dataset) - 1
-        self.micro, self.rank, self.dp = micro_batch_size, data_parallel_rank, data_parallel_size
+        self.rank, self.dp = data_parallel_rank, data_parallel_size
         self.form = form
-        self.count = global_batch_size // step
-        """Micro-batches of one rank in a global batch."""
+        self._plan, self._sizes = plan, (micro_batch_size, global_batch_size)
+        if plan is None:
+            self._check(*self._sizes)
+
+    def sizes_at(self, start: int) -> tuple[int, int]:
+        """(micro-batch, global batch) in samples, of the global batch that begins at ``start``."""
+        if self._plan is None:
+            return self._sizes
+        segment = self._plan.segment_at(start)
+        return segment.micro_batch_size, segment.global_batch_size
+
+    def count_at(self, start: int) -> int:
+        """Micro-batches of one rank in the global batch that begins at ``start``; ConfigError where they do not
+        fit into it."""
+        micro, batch = self.sizes_at(start)
+        self._check(micro, batch)
+        return batch // (micro * self.dp)
+
+    def _check(self, micro: int, batch: int) -> None:
+        if micro < 1 or batch < 1 or batch % (micro * self.dp):
+            raise ConfigError(
+                f"train.global_batch_size: {batch} is not a multiple of micro_batch_size {micro} x data parallel "
+                f"{self.dp}"
+            )
 
     def first_samples(self, start: int) -> list[int]:
         """First sample of each of this rank's micro-batches in the global batch that begins at ``start``."""
-        return [start + (m * self.dp + self.rank) * self.micro for m in range(self.count)]
+        micro, _ = self.sizes_at(start)
+        return [start + (m * self.dp + self.rank) * micro for m in range(self.count_at(start))]
 
-    def micro_batch(self, first: int) -> Arrays:
-        """The micro-batch whose first sample is ``first``; what lies past the end weighs nothing."""
-        indices = range(first, first + self.micro)
+    def micro_batch(self, first: int, size: int | None = None) -> Arrays:
+        """The micro-batch whose first sample is ``first``, of so many samples (not given = of its global batch);
+        what lies past the end weighs nothing."""
+        micro = self.sizes_at(first)[0] if size is None else size
+        indices = range(first, first + micro)
         samples: list[Sample] = [self.dataset[min(index, self.last)] for index in indices]
         rows = np.stack([sample.tokens for sample in samples])
         length = rows.shape[1] - 1
         batch: Arrays = {
             "tokens": np.ascontiguousarray(rows[:, :-1]),
             "labels": np.ascontiguousarray(rows[:, 1:]),
-            "position_ids": np.tile(np.arange(length), (self.micro, 1)),
-            "loss_mask": np.zeros((self.micro, length), dtype=np.float32),
+            "position_ids": np.tile(np.arange(length), (micro, 1)),
+            "loss_mask": np.zeros((micro, length), dtype=np.float32),
         }
         if self.form.reset_attention_mask:
-            batch["document_ids"] = np.zeros((self.micro, length), dtype=np.int32)
+            batch["document_ids"] = np.zeros((micro, length), dtype=np.int32)
+        if self.form.sample_ids:
+            batch["sample_ids"] = np.arange(first, first + micro)
         for row, (index, sample) in enumerate(zip(indices, samples, strict=True)):
             if index <= self.last:
                 batch["loss_mask"][row, : sample.length] = 1.0

@@ -31,11 +31,12 @@ class DaliFeeder:
         self._builder, self._device = builder, device
         self._source: _Source | None = None
         self._pipeline: Any = None
-        self._next = -1
+        self._next, self._sizes = -1, (0, 0)
 
     def build(self, start: int) -> list[dict[str, torch.Tensor]]:
         """This rank's micro-batches of the global batch that starts at sample ``start``."""
-        if start != self._next:
+        sizes = self._builder.sizes_at(start)
+        if start != self._next or sizes != self._sizes:
             self._start(start)
         assert self._source is not None
         self._next = -1  # after an error the pipeline is started anew
@@ -46,7 +47,7 @@ class DaliFeeder:
                 raise error
             pairs = zip(self._source.types.items(), outputs, strict=True)
             batches.append({name: self._tensor(output, dtype) for (name, dtype), output in pairs})
-        self._next = start + self._builder.count * self._builder.micro * self._builder.dp
+        self._next, self._sizes = start + sizes[1], sizes
         return batches
 
     def _start(self, start: int) -> None:
@@ -55,7 +56,7 @@ class DaliFeeder:
 
         self._source = _Source(self._builder, start)
         self._pipeline = Pipeline(
-            batch_size=self._builder.micro,
+            batch_size=self._builder.sizes_at(start)[0],
             num_threads=1,
             device_id=self._device.index,  # None = no GPU is touched
             prefetch_queue_depth=2,
@@ -81,17 +82,20 @@ class _Source:
     """What DALI calls: ``BatchInfo`` -> one array per output. Errors wait for the micro-batch that they concern."""
 
     def __init__(self, builder: BatchBuilder, start: int) -> None:
-        self._builder, self._start = builder, start
+        self._builder = builder
+        self._micro, self._batch = builder.sizes_at(start)
+        self._count, self._stride = builder.count_at(start), self._micro * builder.dp
+        self._begin = builder.first_samples(start)[0]
         self.failed: dict[int, BaseException] = {}
         self._last = builder.micro_batch(builder.first_samples(start)[0])
         self.types = {name: torch.from_numpy(array).dtype for name, array in self._last.items()}
 
     def __call__(self, info: Any) -> list[Any]:
-        builder = self._builder
-        batch, micro = divmod(info.iteration, builder.count)
-        first = builder.first_samples(self._start + batch * builder.count * builder.micro * builder.dp)[micro]
+        # asked ahead past a change of the batch, or past the end, this is wrong, and thrown away by the next start
+        batch, micro = divmod(info.iteration, self._count)
+        first = self._begin + batch * self._batch + micro * self._stride
         try:
-            self._last = builder.micro_batch(first)
+            self._last = self._builder.micro_batch(first, self._micro)
         except BaseException as error:  # DALI asks ahead: whoever gets this micro-batch raises it
             self.failed[first] = error
         return list(self._last.values())

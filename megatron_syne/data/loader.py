@@ -9,7 +9,7 @@ from __future__ import annotations
 import queue
 import threading
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -23,7 +23,7 @@ from megatron_syne.data.mixture.planning import MixturePlan
 
 Batch = dict[str, torch.Tensor]
 """``tokens``, ``labels``, ``position_ids`` (int64) and ``loss_mask`` (float32), each [micro batch, seq]; with
-``data.reset_attention_mask`` also ``document_ids`` (int32)."""
+``data.reset_attention_mask`` also ``document_ids`` (int32), with NEFTune's noise ``sample_ids`` ([micro batch])."""
 
 CPU = torch.device("cpu")
 _Item = tuple[int, list[Batch] | BaseException]  # first sample, and the batch or what went wrong
@@ -60,11 +60,11 @@ class NothingFeeder:
     """Empty micro-batches, for a pipeline stage that needs no tokens: nothing is read."""
 
     def __init__(self, builder: BatchBuilder) -> None:
-        self._count = builder.count
+        self._builder = builder
 
     def build(self, start: int) -> list[Batch]:
         """As many as the other stages have."""
-        return [{} for _ in range(self._count)]
+        return [{} for _ in range(self._builder.count_at(start))]
 
 
 class DataLoader:
@@ -97,7 +97,7 @@ class DataLoader:
         self._sizes = (micro_batch_size, global_batch_size, data_parallel_rank, data_parallel_size)
         self._form, self._reads, self._pin, self._backend = form, reads, pin_memory, backend
         self._device = device
-        self._global, self._prefetch, self._pad_last = global_batch_size, prefetch if reads else 0, pad_last
+        self._prefetch, self._pad_last = prefetch if reads else 0, pad_last
         self._ready: queue.Queue[_Item] = queue.Queue(maxsize=max(prefetch, 1))
         self._next: int | None = None  # first sample of the batch that the thread delivers next
         self._stop: weakref.finalize[..., DataLoader] | None = None
@@ -108,7 +108,7 @@ class DataLoader:
         self.close()
         self.dataset: Readable = dataset
         self.num_samples = len(dataset)
-        builder = BatchBuilder(dataset, *self._sizes, self._form)
+        self._builder = builder = BatchBuilder(dataset, *self._sizes, self._form, self._segments(dataset))
         if not self._reads:
             self._feeder: Feeder = NothingFeeder(builder)
         elif self._backend == "dali":
@@ -118,24 +118,32 @@ class DataLoader:
         else:
             self._feeder = TorchFeeder(builder, self._pin)
 
+    def _segments(self, dataset: Readable) -> MixturePlan | None:
+        """What decides the batches, where it is not the two sizes."""
+        return None
+
     def seq_length_at(self, sample: int) -> int:
         """Tokens per sample that are predicted, at a sample of the data set."""
         return self.dataset.seq_length_at(sample)
 
-    def batch_starts(self, limit: int | None = None, first: int = 0) -> range:
+    def micro_batch_size_at(self, start: int) -> int:
+        """Samples of one micro-batch, in the global batch that begins at a sample."""
+        return self._builder.sizes_at(start)[0]
+
+    def global_batch_size_at(self, start: int) -> int:
+        """Samples of the global batch that begins at a sample, over all replicas."""
+        return self._builder.sizes_at(start)[1]
+
+    def batch_starts(self, limit: int | None = None, first: int = 0) -> Iterator[int]:
         """First sample of each global batch from sample ``first`` on, at most ``limit`` of them."""
-        count, rest = divmod(max(self.num_samples - first, 0), self._global)
-        count += self._pad_last and rest > 0
-        return range(
-            first, first + (count if limit is None else min(count, limit)) * self._global, self._global
-        )
+        return _batch_starts(self._builder, self.num_samples, self._pad_last, limit, first)
 
     def global_batch(self, start: int) -> list[Batch]:
         """This rank's micro-batches of the global batch that begins at sample ``start``.
 
         Raises IndexError past the last batch, and whatever reading the samples raises (DataError).
         """
-        if start < 0 or not self.batch_starts(1, start):
+        if start < 0 or next(self.batch_starts(1, start), None) is None:
             raise IndexError(f"no global batch at sample {start} of {self.num_samples}")
         if self._prefetch < 1:
             return self._feeder.build(start)
@@ -146,7 +154,7 @@ class DataLoader:
         if isinstance(item, BaseException):
             self.close()
             raise item
-        self._next = start + self._global
+        self._next = start + self.global_batch_size_at(start)
         return item
 
     def close(self) -> None:
@@ -172,6 +180,11 @@ class TrainingLoader(DataLoader):
 
     dataset: StagedDataset | MockDataset
 
+    def _segments(self, dataset: Readable) -> MixturePlan | None:
+        """Each segment of the plan has its own batch."""
+        plan: MixturePlan | None = getattr(dataset, "plan", None)
+        return plan
+
     @property
     def plan(self) -> MixturePlan:
         """What is read when."""
@@ -191,6 +204,19 @@ class TrainingLoader(DataLoader):
         """Tokens read of each source by the samples before ``sample``."""
         return self.plan.consumed(sample)
 
+    def described(self, start: int) -> str:
+        """What the global batch that begins at a sample holds, for people: its stage, sources and documents."""
+        batch, most = self.global_batch_size_at(start), 8
+        found = [self.dataset.where(index) for index in range(start, start + min(batch, most))]
+        samples = "; ".join(
+            f"{start + number}: {at.source}, "
+            f"{', '.join(f'document {each.document} [{each.start}:{each.stop}]' for each in at.ranges[:4])}"
+            f"{', ...' if len(at.ranges) > 4 else ''}"
+            for number, at in enumerate(found)
+        )
+        more = f"; and {batch - most} more" if batch > most else ""
+        return f"stage {found[0].stage}, samples {start} to {start + batch - 1} ({samples}{more})"
+
     def ledger(self, sample: int) -> dict[str, Any]:
         """The account that a checkpoint keeps, with which the run goes on after ``sample`` samples."""
         return make_ledger(
@@ -198,7 +224,21 @@ class TrainingLoader(DataLoader):
         )
 
 
-def _run_ahead(feeder: Feeder, starts: range, ready: queue.Queue[_Item], stop: threading.Event) -> None:
+def _batch_starts(
+    builder: BatchBuilder, num_samples: int, pad_last: bool, limit: int | None, first: int
+) -> Iterator[int]:
+    at = first
+    while at < num_samples and limit != 0:
+        after = at + builder.sizes_at(at)[1]
+        if after > num_samples and not pad_last:
+            return
+        yield at
+        at, limit = after, None if limit is None else limit - 1
+
+
+def _run_ahead(
+    feeder: Feeder, starts: Iterator[int], ready: queue.Queue[_Item], stop: threading.Event
+) -> None:
     for start in starts:
         item: list[Batch] | BaseException
         try:
@@ -245,7 +285,7 @@ def build_training_data(
         config.train.global_batch_size,
         data_parallel_rank,
         data_parallel_size,
-        form=BatchForm.of(config.data),
+        form=BatchForm.of(config.data, sample_ids=config.train.neftune_noise_alpha > 0),
         reads=reads,
         pin_memory=pin_memory,
         backend=config.data.loader,

@@ -18,3 +18,11 @@ def layers_in_bf16(precision: PrecisionConfig, num_layers: int) -> frozenset[int
         return frozenset()
     first, last = precision.num_layers_at_start_in_bf16, precision.num_layers_at_end_in_bf16
     return frozenset([*range(min(first, num_layers)), *range(max(0, num_layers - last), num_layers)])
+
+
+def describe_fp8(precision: PrecisionConfig, platform: str) -> str:
+    """How FP8 is computed, for a log line: ``; FP8 delayed, emulated (bf16 products)``; empty without FP8."""
+    if precision.fp8 is None:
+        return ""
+    how = "emulated (bf16 products)" if emulates_fp8(precision, platform) else "Transformer Engine's"
+    return f"; FP8 {precision.fp8}, {how}"

@@ -64,9 +64,34 @@ def engine_config(config: RunConfig, model: ModelConfig, platform: Platform) -> 
         "bf16": dtype is torch.bfloat16,
         "calculate_per_token_loss": True,
     }
-    return TransformerConfig(**options, **memory_options(config), **platform.engine_options(config))
+    return TransformerConfig(**options, **memory_options(config, model), **platform.engine_options(config))
 
 
-def memory_options(config: RunConfig) -> dict[str, Any]:
-    """megatron-core's fields for ``memory``; empty where nothing is asked for."""
-    return {}
+def memory_options(config: RunConfig, model: ModelConfig) -> dict[str, Any]:
+    """megatron-core's fields for ``memory`` and the overlap of TP; empty where nothing is asked for.
+
+    What of the engine's is filled in where the schema allows nothing: ``block`` recomputes every layer of a chunk
+    that it is not told otherwise of, ``uniform`` one layer at a time, and offloading leaves out the last layer,
+    which the backward pass needs first (the engine wants fewer than all).
+    """
+    memory, layers = config.memory, model.num_layers or 1
+    options: dict[str, Any] = {}
+    if memory.recompute_granularity == "selective":
+        options["recompute_modules"] = memory.recompute_modules or ["core_attn"]
+    elif memory.recompute_granularity == "full":
+        options |= {
+            "recompute_method": memory.recompute_method,
+            "recompute_num_layers": memory.recompute_num_layers
+            or (1 if memory.recompute_method == "uniform" else layers),
+            "distribute_saved_activations": memory.distribute_saved_activations,
+        }
+    if memory.recompute_granularity is not None:
+        options["recompute_granularity"] = memory.recompute_granularity
+    if memory.cpu_offloading:
+        options |= {
+            "cpu_offloading": True,
+            "cpu_offloading_num_layers": memory.cpu_offloading_num_layers or layers - 1,
+        }
+    if config.parallel.tp_comm_overlap:
+        options["tp_comm_overlap"] = True
+    return options

@@ -33,7 +33,9 @@ class ConsoleProgress(Callback):
         )
 
     def on_step_end(self, trainer: Trainer, metrics: dict[str, float]) -> None:
-        """Redraw."""
+        """Redraw; a look at FP8 leaves a line of its own."""
+        if "fp8/bf16_layers" in metrics:
+            self._line(f"step {trainer.state.step}: {_fp8(metrics)}")
         step, last = trainer.state.step, trainer.train_iters
         now = time.monotonic()
         terminal = self.stream.isatty()
@@ -68,6 +70,19 @@ class ConsoleProgress(Callback):
         lead = "\r\x1b[K" if self.stream.isatty() else ""
         self.stream.write(f"{lead}{text}\n")
         self.stream.flush()
+
+
+def _fp8(metrics: dict[str, float]) -> str:
+    """What the look at FP8 found, over all layers."""
+    shares = "".join(
+        f", {name} {metrics[key]:.2g}"
+        for name in ("overflow", "underflow")
+        if (key := f"fp8/max_{name}") in metrics
+    )
+    return (
+        f"FP8 loss gap to bf16 {metrics['fp8/loss_gap']:.2e}; largest share of a tensor{shares or ' none'}; "
+        f"{int(metrics['fp8/bf16_layers'])} layers in bf16"
+    )
 
 
 def _stage(trainer: Trainer) -> str:

@@ -40,6 +40,24 @@ def mixture_shares(trainer: Trainer) -> dict[str, float]:
     return {f"mixture/{source}": share for source, share in zip(plan.sources, shares, strict=True)}
 
 
+def is_due(trainer: Trainer, metrics: dict[str, float]) -> bool:
+    """Whether a step is logged: at the interval, and wherever FP8 was looked at."""
+    looked = "fp8/bf16_layers" in metrics
+    return looked or trainer.state.step % trainer.config.monitor.log_interval == 0
+
+
+def is_per_layer(name: str) -> bool:
+    """Whether a metric is one of FP8's for one tensor of one layer: a dozen per layer, for tensorboard alone."""
+    return name.startswith(("fp8/amax/", "fp8/overflow/", "fp8/underflow/"))
+
+
+def fp8_events(trainer: Trainer) -> list[dict[str, Any]]:
+    """What fell back from FP8 to bf16 in the step just done."""
+    if trainer.fp8_record is None:
+        return []
+    return [event for event in trainer.fp8_record()["events"] if event["step"] == trainer.state.step]
+
+
 class TensorboardEvents(Callback):
     """Events below ``<run_dir>/tensorboard``; a resumed run writes on, and hides what it repeats."""
 
@@ -56,12 +74,17 @@ class TensorboardEvents(Callback):
         self.writer.add_text("run", f"```\n{self.description}\n```", trainer.state.step)
 
     def on_step_end(self, trainer: Trainer, metrics: dict[str, float]) -> None:
-        """One scalar per metric, and what was read of each source."""
-        if trainer.state.step % trainer.config.monitor.log_interval == 0:
+        """One scalar per metric, and what was read of each source; a fallback from FP8 as text."""
+        if is_due(trainer, metrics):
             for name, value in (tokens_read(trainer) | mixture_shares(trainer)).items():
                 self.writer.add_scalar(name, value, trainer.state.step)
             for name, value in metrics.items():
-                self.writer.add_scalar(_TAGS.get(name, f"train/{name}"), value, trainer.state.step)
+                tag = name if name.startswith("fp8/") else _TAGS.get(name, f"train/{name}")
+                self.writer.add_scalar(tag, value, trainer.state.step)
+        for event in fp8_events(trainer):
+            layers = ", ".join(str(layer) for layer in event["layers"])
+            text = f"layers {layers} in bf16 from step {event['from_step']} on: {event['reason']}"
+            self.writer.add_text("fp8/fallback", text, trainer.state.step)
 
     def on_evaluation(self, trainer: Trainer, losses: dict[str, float]) -> None:
         """Loss and perplexity per validation source."""
@@ -70,6 +93,12 @@ class TensorboardEvents(Callback):
             self.writer.add_scalar(
                 f"validation_perplexity/{name}", math.exp(min(loss, 50.0)), trainer.state.step
             )
+        self.writer.flush()
+
+    def on_harness(self, trainer: Trainer, step: int, metrics: dict[str, float]) -> None:
+        """``harness/<task>/<metric>``, at the checkpoint's step."""
+        for name, value in metrics.items():
+            self.writer.add_scalar(f"harness/{name}", value, step)
         self.writer.flush()
 
     def on_train_end(self, trainer: Trainer) -> None:
@@ -95,14 +124,27 @@ class MetricsLog(Callback):
         self.stream = self.path.open("a")
 
     def on_step_end(self, trainer: Trainer, metrics: dict[str, float]) -> None:
-        """The step's metrics."""
-        if trainer.state.step % trainer.config.monitor.log_interval == 0:
-            values = {**metrics, **tokens_read(trainer)}
-            self._write({"step": trainer.state.step, **values, "loss_hex": metrics["loss"].hex()})
+        """The step's metrics, and what fell back from FP8 in it."""
+        if is_due(trainer, metrics):
+            values: dict[str, Any] = {  # an infinite loss gap is null: JSON has no infinity
+                name: value if math.isfinite(value) else None
+                for name, value in metrics.items()
+                if not is_per_layer(name)
+            }
+            values |= {**tokens_read(trainer), "loss_hex": metrics["loss"].hex()}
+            if events := fp8_events(trainer):
+                values["fp8/events"] = events
+            self._write({"step": trainer.state.step, **values})
 
     def on_evaluation(self, trainer: Trainer, losses: dict[str, float]) -> None:
-        """The validation losses."""
-        self._write({"step": trainer.state.step, "validation": losses})
+        """The validation losses, and their perplexities."""
+        perplexities = {name: math.exp(min(loss, 50.0)) for name, loss in losses.items()}
+        record = {"validation": losses, "validation_perplexity": perplexities}
+        self._write({"step": trainer.state.step, **record})
+
+    def on_harness(self, trainer: Trainer, step: int, metrics: dict[str, float]) -> None:
+        """What lm-evaluation-harness found for the checkpoint of ``step``."""
+        self._write({"step": step, "harness": metrics})
 
     def on_train_end(self, trainer: Trainer) -> None:
         """Close."""

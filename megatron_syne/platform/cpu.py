@@ -35,9 +35,9 @@ from torch.overrides import TorchFunctionMode
 
 from megatron_syne.config.schema import PrecisionConfig, RunConfig
 from megatron_syne.errors import ConfigError
-from megatron_syne.fp8.choice import emulates_fp8
+from megatron_syne.fp8.choice import describe_fp8, emulates_fp8
 from megatron_syne.platform.base import Platform
-from megatron_syne.platform.cpu_adam import GroupStepAdamW
+from megatron_syne.platform.cpu_adam import GroupStepAdamW, bridge_precision_aware_optimizer
 from megatron_syne.platform.cpu_norm import LocalNorm
 
 _CPU = torch.device("cpu")
@@ -97,13 +97,25 @@ def install_bridge() -> None:
     from megatron.core.tensor_parallel import random as engine_random
 
     engine_random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+    # The default False counts as FP8 (the engine asks "is not None") and would look for Transformer Engine's state.
+    engine_random.CheckpointWithoutOutput.__init__.__defaults__ = (None,)
     # CPU and "CUDA" random states are one and the same here; the tracker takes that for a mistake.
     logging.getLogger("megatron.core.tensor_parallel.random").setLevel(logging.ERROR)
     engine_optimizer.Adam, engine_optimizer.USING_PYTORCH_OPTIMIZER = GroupStepAdamW, False
     distrib_optimizer.Adam = GroupStepAdamW
     distrib_optimizer.HAVE_APEX_OR_TE = distrib_optimizer.USING_APEX_OPTIMIZER = True
+    bridge_precision_aware_optimizer(engine_optimizer)
     _bridge = _CudaToCpu()
     _bridge.__enter__()
+    # torch.autograd.backward asks the mode first and then runs without it; recomputed layers need it in there.
+    autograd: Any = torch.autograd
+    run_backward = autograd._engine_run_backward
+
+    def run_backward_bridged(*args: Any, **kwargs: Any) -> Any:
+        with _CudaToCpu():
+            return run_backward(*args, **kwargs)
+
+    autograd._engine_run_backward = run_backward_bridged
 
 
 class CpuPlatform(Platform):
@@ -112,12 +124,16 @@ class CpuPlatform(Platform):
     name = "cpu"
     backend = "gloo"
 
+    def __init__(self) -> None:
+        self._fp8 = ""
+
     @property
     def device(self) -> torch.device:
         return _CPU
 
     def start(self, local_rank: int, precision: PrecisionConfig) -> None:
         install_bridge()
+        self._fp8 = describe_fp8(precision, self.name)
 
     def layer_spec(self, config: RunConfig) -> tuple[Any, Any]:
         from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
@@ -160,5 +176,5 @@ class CpuPlatform(Platform):
     def describe(self) -> str:
         return (
             f"cpu: torch {torch.__version__}, gloo, {torch.get_num_threads()} thread(s) per rank, "
-            "megatron-core local layers"
+            f"megatron-core local layers{self._fp8}"
         )

@@ -14,6 +14,7 @@ import torch
 
 from megatron_syne.config.schema import PrecisionConfig, RunConfig
 from megatron_syne.errors import ConfigError
+from megatron_syne.fp8.choice import describe_fp8, emulates_fp8
 from megatron_syne.platform.base import Platform
 
 
@@ -47,12 +48,11 @@ def require_transformer_engine(precision: PrecisionConfig) -> None:
 
 
 def fp8_options(precision: PrecisionConfig) -> dict[str, Any]:
-    """megatron-core's ``TransformerConfig`` fields for an FP8 recipe; empty where FP8 is off.
+    """megatron-core's ``TransformerConfig`` fields for an FP8 recipe; empty where FP8 is off, or emulated.
 
-    Delayed scaling keeps 1024 amax values and takes their maximum, as Transformer Engine's own default
-    recipe (``DelayedScaling``) does; megatron-core's bare default would keep a single one.
+    Emulated layers are not Transformer Engine's: with the engine's ``fp8`` set it would open its contexts.
     """
-    if precision.fp8 is None:
+    if precision.fp8 is None or emulates_fp8(precision, "cuda"):
         return {}
     options: dict[str, Any] = {
         "fp8": precision.fp8_format,
@@ -61,10 +61,34 @@ def fp8_options(precision: PrecisionConfig) -> dict[str, Any]:
         "first_last_layers_bf16": precision.first_last_layers_bf16,
     }
     if precision.first_last_layers_bf16:
-        options |= {"num_layers_at_start_in_bf16": 1, "num_layers_at_end_in_bf16": 1}
+        options |= {
+            "num_layers_at_start_in_bf16": precision.num_layers_at_start_in_bf16,
+            "num_layers_at_end_in_bf16": precision.num_layers_at_end_in_bf16,
+        }
     if precision.fp8 == "delayed":
-        options |= {"fp8_amax_history_len": 1024, "fp8_amax_compute_algo": "max"}
+        options |= {
+            "fp8_margin": precision.fp8_margin,
+            "fp8_amax_history_len": precision.fp8_amax_history_len,
+            "fp8_amax_compute_algo": precision.fp8_amax_compute_algo,
+        }
     return options
+
+
+def emulating_spec() -> Any:
+    """Emulated FP8 linear layers between Transformer Engine's norms and attention. Not run on a GPU yet.
+
+    Norms are modules of their own here, as on a CPU: parameters bear the local names (``input_layernorm``).
+    """
+    from megatron.core.extensions.transformer_engine import TEDotProductAttention, TENorm
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+
+    from megatron_syne.fp8.linear import emulate_linears
+
+    spec = get_gpt_layer_local_spec()
+    spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = TENorm
+    spec.submodules.self_attention.submodules.core_attention = TEDotProductAttention
+    emulate_linears(spec)
+    return spec
 
 
 class CudaPlatform(Platform):
@@ -76,6 +100,7 @@ class CudaPlatform(Platform):
 
     def __init__(self) -> None:
         self._device = torch.device("cuda", 0)
+        self._fp8 = ""
 
     @property
     def device(self) -> torch.device:
@@ -95,9 +120,12 @@ class CudaPlatform(Platform):
                 "start one process per GPU"
             )
         torch.cuda.set_device(index)
+        self._fp8 = describe_fp8(precision, self.name)
         self._device = torch.device("cuda", index)
 
     def layer_spec(self, config: RunConfig) -> tuple[Any, Any]:
+        if emulates_fp8(config.precision, self.name):
+            return emulating_spec(), None
         from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 
         # Kind of the norms, zero-centred weights and biases: these layers take them from the configuration.
@@ -158,5 +186,5 @@ class CudaPlatform(Platform):
         return (
             f"cuda: {torch.cuda.get_device_name(self._device)}, torch {torch.__version__}, "
             f"Transformer Engine {getattr(transformer_engine, '__version__', '?')}, "
-            f"apex {'found' if apex is None else 'not found (not needed)'}"
+            f"apex {'found' if apex is None else 'not found (not needed)'}{self._fp8}"
         )

@@ -12,7 +12,7 @@ from megatron_syne.data.mixture.planning import plan_mixture
 from megatron_syne.data.mixture.reweighting import group_members
 from megatron_syne.data.mixture.shares import places_of
 from megatron_syne.data.mixture.supply import shortages
-from megatron_syne.errors import ConfigError
+from megatron_syne.errors import ConfigError, DataError, MissingInput
 from megatron_syne.preflight.facts import Facts, nearest_multiples
 from megatron_syne.preflight.manifests import source_token_counts
 
@@ -20,10 +20,11 @@ Problems = Iterator[str]
 
 
 def plan_or_none(facts: Facts) -> MixturePlan | None:
-    """The plan, None where there is none: ``length_is_given`` or ``mixture_is_sound`` say why."""
+    """The plan, None where there is none: ``length_is_given`` or ``mixture_is_sound`` say why, the latter by
+    letting MissingInput or DataError pass where the checkpoint of a branch cannot be read."""
     try:
         return plan_mixture(facts.config)
-    except ConfigError:
+    except (ConfigError, MissingInput, DataError):
         return None
 
 
@@ -102,12 +103,16 @@ def documents_are_told_apart(facts: Facts) -> Problems:
 
 
 def sequences_fit(facts: Facts) -> Problems:
-    """Sequences are not longer than the model claims to handle; SP cuts them into equal parts."""
+    """Sequences are not longer than the model claims to handle (a stage's: ``stage_positions_fit``); SP cuts them
+    into equal parts."""
+    data, tp = facts.config.data, facts.config.parallel.tensor_model_parallel_size
+    stages = [] if data.mock else data.stages
     longest = facts.model.max_position_embeddings
-    tp = facts.config.parallel.tensor_model_parallel_size
+    for stage in stages:
+        longest = max(longest or 0, stage.max_position_embeddings or 0) or None
+    if longest is not None and data.seq_length > longest and all(stage.seq_length for stage in stages):
+        yield f"{facts.at('data.seq_length')} is greater than {facts.at('model.max_position_embeddings')}"
     for key, length in facts.seq_lengths():
-        if longest is not None and length > longest:
-            yield f"{facts.named(key, length)} is greater than {facts.at('model.max_position_embeddings')}"
         if facts.config.parallel.sequence_parallel and tp > 1 and length % tp:
             yield (
                 f"{facts.named(key, length)} is not a multiple of "

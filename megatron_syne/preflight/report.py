@@ -7,12 +7,10 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from megatron_syne.config.arithmetic import (
-    batch_arithmetic,
-    learning_rate,
     resolved_deallocate_pipeline_outputs,
     resolved_overlap_p2p_comm,
-    run_schedule,
 )
+from megatron_syne.config.learning_rate import schedules
 from megatron_syne.config.loader import to_yaml
 from megatron_syne.config.schema import ModelConfig, ParallelConfig, RunConfig
 from megatron_syne.data.mixture.plan import MixturePlan
@@ -23,9 +21,9 @@ from megatron_syne.parallel.topology import coordinates, data_parallel_size, ran
 from megatron_syne.preflight.facts import PlatformName
 from megatron_syne.preflight.manifests import source_token_counts
 from megatron_syne.preflight.size import model_parameters, stage_parameters
+from megatron_syne.preflight.stage_report import learning_rate_section, stage_table
 
 FULL_GRID_RANKS = 64
-PLOT_COLUMNS, PLOT_ROWS = 60, 6
 
 
 def dry_run_report(
@@ -47,7 +45,8 @@ def dry_run_report(
         ("rank grid", _grid(config.parallel, model, world_size)),
         ("batch", _batch(config, world_size, plan)),
         ("tokens", _tokens(config, plan)),
-        ("learning rate", _learning_rate(config, plan)),
+        *([] if config.data.mock else [("stages", stage_table(config, model, plan))]),
+        ("learning rate", learning_rate_section(config, plan)),
     ]
     found = notes(config, plan)
     if found:
@@ -68,10 +67,12 @@ def notes(config: RunConfig, plan: MixturePlan) -> list[str]:
         found += [f"data.sources.{name} is not used: it stands in no mixture" for name in unused]
     if data.validation and train.eval_interval is None:
         found.append("data.validation is not used: train.eval_interval is not given")
-    if schedule.lr_wsd_decay_iters and schedule.lr_decay_style != "WSD":
-        found.append(
-            f"schedule.lr_wsd_decay_iters is not used: lr_decay_style is {schedule.lr_decay_style}, not WSD"
-        )
+    for name in ("lr_wsd_decay_iters", "lr_wsd_decay_tokens"):
+        styles = {each.rates.lr_decay_style for each in schedules(config, plan)}
+        if getattr(schedule, name) and "WSD" not in styles:
+            found.append(f"schedule.{name} is not used: lr_decay_style is {' and '.join(styles)}, not WSD")
+    if data.stages and data.stages[0].reset_optimizer and config.checkpoint.branch_from is None:
+        found.append("data.stages.0.reset_optimizer is not used: a run begins with new moments")
     if data.mock and data.reweighting:
         found.append("data.reweighting is not used: data.mock is on")
     if data.loader == "dali" and (find_spec("nvidia") is None or find_spec("nvidia.dali") is None):
@@ -123,16 +124,17 @@ def _grid(parallel: ParallelConfig, model: ModelConfig, world_size: int) -> str:
 
 
 def _batch(config: RunConfig, world_size: int, plan: MixturePlan) -> str:
-    batch = batch_arithmetic(config, data_parallel_size(config.parallel, world_size))
-    lengths = dict.fromkeys(segment.seq_length for segment in plan.segments)
+    """Each batch that the run goes through: how it is put together, and its tokens."""
+    dp = data_parallel_size(config.parallel, world_size)
+    batches = dict.fromkeys((each.global_batch_size, each.micro_batch_size) for each in plan.segments)
+    sizes = dict.fromkeys((each.global_batch_size, each.seq_length) for each in plan.segments)
     return "\n".join(
         [
-            f"global batch {batch.global_batch_size} samples = micro batch {batch.micro_batch_size} x DP "
-            f"{batch.data_parallel_size} x {batch.num_microbatches} micro-batches",
             *(
-                f"tokens per step: {batch.global_batch_size} x {length} = {batch.global_batch_size * length:,}"
-                for length in lengths
+                f"global batch {batch} samples = micro batch {micro} x DP {dp} x {batch // (micro * dp)} micro-batches"
+                for batch, micro in batches
             ),
+            *(f"tokens per step: {batch} x {length} = {batch * length:,}" for batch, length in sizes),
         ]
     )
 
@@ -142,30 +144,3 @@ def _tokens(config: RunConfig, plan: MixturePlan) -> str:
         return plan_table(plan)
     counts, remarks = source_token_counts(config)
     return "\n".join([plan_table(plan, counts), *remarks])
-
-
-def _learning_rate(config: RunConfig, plan: MixturePlan) -> str:
-    samples, batch = run_schedule(config, plan), config.train.global_batch_size
-    last = (plan.train_iters - 1) * batch  # the last step is taken at the rate of the samples before it
-    points = {"first step": 0}
-    if samples.warmup:
-        points["end of warm-up"] = samples.warmup
-    if samples.wsd_decay and config.schedule.lr_decay_style == "WSD":
-        points["start of decay"] = samples.decay - samples.wsd_decay
-    points["last step"] = last
-    lines = [f"style: {config.schedule.lr_decay_style}"]
-    for name, at in sorted(points.items(), key=lambda point: point[1]):
-        lines.append(f"{name:<15} iteration {at / batch:>10g}   {learning_rate(config, samples, at):.4g}")
-    rates = [learning_rate(config, samples, last * n // (PLOT_COLUMNS - 1)) for n in range(PLOT_COLUMNS)]
-    return "\n".join([*lines, "", *_plot(rates)])
-
-
-def _plot(values: list[float]) -> list[str]:
-    """A sketch of a curve, highest value at the top, one column per value."""
-    top = max(values)
-    rows = [round(value / top * (PLOT_ROWS - 1)) if top > 0 else 0 for value in values]
-    lines = []
-    for level in reversed(range(PLOT_ROWS)):
-        mark = f"{top:.2g}" if level == PLOT_ROWS - 1 else "0" if level == 0 else ""
-        lines.append(f"{mark:>8} |" + "".join("*" if row == level else " " for row in rows).rstrip())
-    return lines

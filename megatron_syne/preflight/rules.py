@@ -16,6 +16,7 @@ from megatron_syne.config.schema import ModelConfig, RunConfig
 from megatron_syne.config.tree import one_error
 from megatron_syne.errors import ConfigError
 from megatron_syne.parallel.topology import chunk_layers, data_parallel_size
+from megatron_syne.preflight.context_rules import CONTEXT_RULES
 from megatron_syne.preflight.data_rules import DATA_RULES
 from megatron_syne.preflight.facts import Facts, PlatformName, nearest, nearest_multiples
 from megatron_syne.preflight.fp8_rules import FP8_RULES
@@ -72,12 +73,6 @@ def world_size_fits(facts: Facts) -> Problems:
         keys = (_TP, _PP, "parallel.context_parallel_size", "parallel.data_parallel_size")
         for text in _of(lambda: data_parallel_size(facts.config.parallel, world_size)):
             yield f"{text} ({', '.join(facts.at(key) for key in keys)})"
-
-
-def context_parallel_is_one(facts: Facts) -> Problems:
-    """Sequences are not cut in this version."""
-    if facts.config.parallel.context_parallel_size != 1:
-        yield f"{facts.at('parallel.context_parallel_size')}: only 1 is supported in this version; set it to 1"
 
 
 def tensor_parallel_divides(facts: Facts) -> Problems:
@@ -213,7 +208,6 @@ def start_is_outside_run(facts: Facts) -> Problems:
 
 RULES: tuple[Rule, ...] = (
     world_size_fits,
-    context_parallel_is_one,
     tensor_parallel_divides,
     sequence_parallel_needs_tensor_parallel,
     layers_fit_stages,
@@ -225,6 +219,7 @@ RULES: tuple[Rule, ...] = (
     param_gather_overlap_fits,
     signals_exist,
     start_is_outside_run,
+    *CONTEXT_RULES,
     *MEMORY_RULES,
     *FP8_RULES,
     *STAGE_RULES,

@@ -1,8 +1,9 @@
 """The one seam of the trainer: subclass :class:`Callback` and override the events you need.
 
 Order of events: ``on_train_start``, then per step ``on_step_start``, ``on_batch``, ``on_step_end``,
-``on_evaluation`` where one was due, ``on_step_boundary``; ``on_checkpoint_saved`` after each checkpoint; at the end ``on_train_end``,
-or ``on_exception`` in its place. An evaluation that was due when the run was stopped comes first on resume.
+``on_evaluation`` where one was due, ``on_step_boundary``; ``on_checkpoint_saved`` after each checkpoint; at the
+end ``on_train_end``, or ``on_exception`` in its place. An evaluation that was due when the run was stopped comes
+first on resume.
 All ranks get all events, with the same metrics.
 """
 
@@ -33,6 +34,9 @@ class Callback:
 
     def on_evaluation(self, trainer: Trainer, losses: dict[str, float]) -> None:
         """Mean loss in nats per token of each validation source."""
+
+    def on_harness(self, trainer: Trainer, step: int, metrics: dict[str, float]) -> None:
+        """lm-evaluation-harness has evaluated the checkpoint of an earlier ``step``; rank 0 alone is told."""
 
     def on_step_boundary(self, trainer: Trainer) -> None:
         """All of the step is done, also what its evaluation changed: the time to save."""

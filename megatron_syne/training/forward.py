@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_syne.models.embedding_noise import announce_samples
+from megatron_syne.parallel.context import own_batch
 from megatron_syne.platform.base import Platform
 
 Batch = dict[str, torch.Tensor]
@@ -18,9 +19,16 @@ def forward_step(platform: Platform, batches: Iterator[Batch], model: Any) -> tu
     """Forward one micro-batch: ``tokens``, ``labels``, ``position_ids``, ``loss_mask``, each [micro_batch, seq].
 
     Pipeline stages between the first and the last get empty micro-batches, so that all stay in step. The
-    causal mask is the engine's own, but where ``document_ids`` say that each document keeps to itself.
+    causal mask is the engine's own, but where ``document_ids`` say that each document keeps to itself. Under
+    context parallelism the batch is of whole sequences all the same: here it is cut to this rank's part.
     """
-    batch = next(batches)
+    from megatron.core import parallel_state
+
+    batch = own_batch(
+        next(batches),
+        parallel_state.get_context_parallel_rank(),
+        parallel_state.get_context_parallel_world_size(),
+    )
     announce_samples(model, batch.get("sample_ids"))
     mask, packed = None, None
     if "document_ids" in batch:
@@ -48,8 +56,8 @@ def forward_step(platform: Platform, batches: Iterator[Batch], model: Any) -> tu
 def reduce_over_world(sums: list[torch.Tensor], extra: list[float], device: torch.device) -> list[float]:
     """One collective for all that the ranks must agree on: [loss sum, tokens, *extra], summed over the world.
 
-    ``sums`` is what the last stage returned (empty elsewhere). TP ranks hold the same loss, so only the
-    first of each TP group adds its own; every rank adds its ``extra`` values.
+    ``sums`` is what the last stage returned (empty elsewhere). TP ranks hold the same loss, so only the first
+    of each TP group adds its own; CP ranks hold different tokens. Every rank adds its ``extra`` values.
     """
     from megatron.core import parallel_state
 

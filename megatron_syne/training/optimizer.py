@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 
 from megatron_syne.config.schema import RunConfig
@@ -11,19 +12,19 @@ from megatron_syne.models.engine_options import DTYPES
 from megatron_syne.models.gpt import unwrap
 from megatron_syne.training.param_groups import group_overrides
 
+STATE_DTYPES = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp8": torch.uint8,  # Transformer Engine's name for it: E4M3 with one scale per tensor
+}
+
 
 def wrap_ddp(chunks: list[nn.Module], config: RunConfig) -> list[Any]:
     """megatron-core's DistributedDataParallel round each chunk (also at DP = 1: it owns the fp32 gradients)."""
-    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+    from megatron.core.distributed import DistributedDataParallel
 
-    parallel, precision = config.parallel, config.precision
-    ddp_config = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=precision.accumulate_allreduce_grads_in_fp32,
-        overlap_grad_reduce=parallel.overlap_grad_reduce,
-        overlap_param_gather=parallel.overlap_param_gather,
-        use_distributed_optimizer=parallel.use_distributed_optimizer,
-        fp8_param_gather=precision.fp8_param_gather,
-    )
+    ddp_config = engine_ddp_config(config)
     return [
         DistributedDataParallel(
             config=unwrap(chunk).config, ddp_config=ddp_config, module=chunk, disable_bucketing=index > 0
@@ -35,12 +36,40 @@ def wrap_ddp(chunks: list[nn.Module], config: RunConfig) -> list[Any]:
 def build_optimizer(chunks: list[Any], config: RunConfig) -> Any:
     """megatron-core's optimizer: AdamW, fp32 master weights under bf16, state sharded over DP.
 
-    Weight decay is not applied to one-dimensional parameters (norms, biases), the engine's own rule.
+    Weight decay is not applied to one-dimensional parameters (norms, biases), the engine's own rule, unless
+    ``optimizer`` says otherwise.
     """
-    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+    from megatron.core.optimizer import get_megatron_optimizer
+
+    return get_megatron_optimizer(
+        engine_optimizer_config(config),
+        chunks,
+        config_overrides=group_overrides(config),
+        use_gloo_process_groups=False,
+    )
+
+
+def engine_ddp_config(config: RunConfig) -> Any:
+    """megatron-core's ``DistributedDataParallelConfig``."""
+    from megatron.core.distributed import DistributedDataParallelConfig
+
+    parallel, precision = config.parallel, config.precision
+    return DistributedDataParallelConfig(
+        grad_reduce_in_fp32=precision.accumulate_allreduce_grads_in_fp32,
+        overlap_grad_reduce=parallel.overlap_grad_reduce,
+        overlap_param_gather=parallel.overlap_param_gather,
+        bucket_size=parallel.ddp_bucket_size,
+        use_distributed_optimizer=parallel.use_distributed_optimizer,
+        fp8_param_gather=precision.fp8_param_gather,
+    )
+
+
+def engine_optimizer_config(config: RunConfig) -> Any:
+    """megatron-core's ``OptimizerConfig``."""
+    from megatron.core.optimizer import OptimizerConfig
 
     options, precision = config.optimizer, config.precision
-    engine_options = OptimizerConfig(
+    return OptimizerConfig(
         optimizer="adam",
         lr=options.lr,
         min_lr=options.min_lr,
@@ -54,10 +83,59 @@ def build_optimizer(chunks: list[Any], config: RunConfig) -> Any:
         fp8_recipe=precision.fp8,
         use_distributed_optimizer=config.parallel.use_distributed_optimizer,
         overlap_param_gather=config.parallel.overlap_param_gather,
+        **state_options(config),
     )
-    return get_megatron_optimizer(
-        engine_options, chunks, config_overrides=group_overrides(config), use_gloo_process_groups=False
-    )
+
+
+def state_options(config: RunConfig) -> dict[str, Any]:
+    """megatron-core's ``OptimizerConfig`` fields for the formats and the place of the optimizer's state.
+
+    ``store_param_remainders`` (fp32 master weights as bf16 weights and their missing 16 bits) is the engine's
+    default and is put off: its checkpoints hold the 16 bits alone, which the engine then refuses to load
+    from ``fully_reshardable``, and which no run with other formats could go on from.
+    """
+    options = config.optimizer
+    result: dict[str, Any] = {}
+    if options.use_precision_aware_optimizer:
+        result |= {
+            "use_precision_aware_optimizer": True,
+            "store_param_remainders": False,
+            "main_grads_dtype": STATE_DTYPES[options.main_grads_dtype],
+            "main_params_dtype": STATE_DTYPES[options.main_params_dtype],
+            "exp_avg_dtype": STATE_DTYPES[options.exp_avg_dtype],
+            "exp_avg_sq_dtype": STATE_DTYPES[options.exp_avg_sq_dtype],
+        }
+    if options.optimizer_cpu_offload:
+        result |= {
+            "optimizer_cpu_offload": True,
+            "optimizer_offload_fraction": options.optimizer_offload_fraction,
+            "overlap_cpu_optimizer_d2h_h2d": options.overlap_cpu_optimizer_d2h_h2d,
+        }
+    return result
+
+
+def state_formats(config: RunConfig) -> dict[str, str]:
+    """Format of each part of the optimizer's state, for a checkpoint's record (``state.json``)."""
+    options = config.optimizer
+    names = ("main_grads_dtype", "main_params_dtype", "exp_avg_dtype", "exp_avg_sq_dtype")
+    return {name: getattr(options, name) for name in names}
+
+
+def changed_formats(stored: dict[str, str] | None, config: RunConfig) -> list[str]:
+    """What is told when a run goes on with other formats than its checkpoint's record says.
+
+    Checkpoints hold unscaled fp32 values of whatever format, so any change is possible; what is lost is lost in
+    the rounding to the new format. None (a checkpoint from before there was the record) = fp32.
+    """
+    now = state_formats(config)
+    before = stored or dict.fromkeys(now, "fp32")
+    return [
+        f"optimizer.{name}: {before.get(name, 'fp32')} -> {value} (the state is rounded to it)"
+        if value != "fp32"
+        else f"optimizer.{name}: {before.get(name, 'fp32')} -> fp32"
+        for name, value in now.items()
+        if before.get(name, "fp32") != value
+    ]
 
 
 def set_learning_rate(optimizer: Any, rate: float, weight_decay: float) -> None:

@@ -32,14 +32,19 @@ class Trainer:
     learning_rate: Callable[[int], float]
     """Learning rate of the step that begins after so many samples."""
     train_data: Any
-    """``global_batch(consumed_samples) -> list of micro-batches`` of this rank, and ``seq_length_at(sample)``."""
+    """``global_batch(consumed_samples) -> list of micro-batches`` of this rank, and their sizes at a sample."""
     validation_data: dict[str, Any]
     """The same for each validation source, with ``num_samples``."""
     train_iters: int
+    """Steps of the whole run."""
+    leg_end: int | None = None
+    """Step after which another engine goes on from the checkpoint; None = the end of the run."""
     state: TrainState = field(default_factory=TrainState)
     callbacks: Sequence[Callback] = ()
     fp8: Fp8Layers | None = None
     """This rank's FP8 layers, None without FP8."""
+    fp8_record: Callable[[], dict[str, Any]] | None = None
+    """What checkpoints keep of them beside their tensors."""
     extra_metrics: dict[str, float] = field(default_factory=dict)
     """What callbacks add to the metrics of the step under way; the same on every rank."""
     stop_requested: float = 0.0
@@ -49,11 +54,12 @@ class Trainer:
     """A scheduler is waiting: nothing but saving is done any more."""
 
     def fit(self) -> None:
-        """Train until ``train_iters``, or until a callback of some rank asks to stop."""
+        """Train until ``leg_end``, or until a callback of some rank asks to stop."""
+        end = self.train_iters if self.leg_end is None else self.leg_end
         try:
             self.emit("on_train_start")
             self.evaluate_if_due()  # the one that a stop left undone
-            while self.state.step < self.train_iters and self.stop_reason is None:
+            while self.state.step < end and self.stop_reason is None:
                 self.emit("on_step_start")
                 metrics = self.train_step()
                 self.emit("on_step_end", metrics)
@@ -67,10 +73,12 @@ class Trainer:
     def train_step(self) -> dict[str, float]:
         """One optimizer step on the next global batch; returns its metrics, the same on every rank."""
         started = time.perf_counter()
-        rate = self.learning_rate(self.state.consumed_samples)
+        first = self.state.consumed_samples
+        batch_size = self.train_data.global_batch_size_at(first)
+        rate = self.learning_rate(first)
         set_learning_rate(self.optimizer, rate, self.config.optimizer.weight_decay)
         asked = time.perf_counter()
-        batches = self.train_data.global_batch(self.state.consumed_samples)
+        batches = self.train_data.global_batch(first)
         data_seconds = time.perf_counter() - asked
         self.extra_metrics = {}
         self.emit("on_batch", batches)
@@ -78,8 +86,7 @@ class Trainer:
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        seq_length = self.train_data.seq_length_at(self.state.consumed_samples)
-        sums = self.run_schedule(batches, seq_length, forward_only=False)
+        sums = self.run_schedule(batches, self.train_data.seq_length_at(first), forward_only=False)
         updated, grad_norm, _ = self.optimizer.step()
         loss_sum, tokens, stop, refused = reduce_over_world(
             sums, [self.stop_requested, 0.0 if updated else 1.0], self.platform.device
@@ -88,7 +95,7 @@ class Trainer:
         self.refuse_unless_finite(loss, grad_norm, refused > 0)
 
         self.state.step += 1
-        self.state.consumed_samples += self.config.train.global_batch_size
+        self.state.consumed_samples += batch_size
         self.state.consumed_tokens += int(tokens)
         if stop:
             self.signalled, self.stop_reason = True, "a signal asked to stop"
@@ -112,13 +119,19 @@ class Trainer:
         if not math.isfinite(loss) or not math.isfinite(grad_norm) or refused:
             raise DataError(
                 f"step {self.state.step + 1}: loss {loss}, gradient norm {grad_norm}: not finite; the last "
-                "checkpoint is untouched. Lower the learning rate, or look at this step's data"
+                "checkpoint is untouched. Lower the learning rate, or look at this step's data: "
+                f"{self.train_data.described(self.state.consumed_samples)}"
             )
 
-    def run_schedule(self, batches: list[Batch], seq_length: int, forward_only: bool) -> list[Any]:
-        """megatron-core's schedule (none, 1F1B or interleaved) over one global batch of this rank."""
+    def run_schedule(
+        self, batches: list[Batch], seq_length: int, forward_only: bool, micro_batch_size: int | None = None
+    ) -> list[Any]:
+        """megatron-core's schedule (none, 1F1B or interleaved) over one global batch of this rank, in the training
+        step's micro-batches where ``micro_batch_size`` is not given."""
         from megatron.core.pipeline_parallel import get_forward_backward_func
 
+        if micro_batch_size is None:
+            micro_batch_size = self.train_data.micro_batch_size_at(self.state.consumed_samples)
         on_device = [self.platform.to_device(batch) for batch in batches]
         iterators = [iter(on_device) for _ in self.chunks]  # each chunk walks the same micro-batches
         result: list[Any] = get_forward_backward_func()(
@@ -127,7 +140,7 @@ class Trainer:
             model=self.chunks if len(self.chunks) > 1 else self.chunks[0],
             num_microbatches=len(batches),
             seq_length=seq_length,
-            micro_batch_size=self.config.train.micro_batch_size,
+            micro_batch_size=micro_batch_size,
             forward_only=forward_only,
         )
         return result
@@ -163,9 +176,8 @@ class Trainer:
             for name, data in self.validation_data.items():
                 sums: list[Any] = []
                 for start in data.batch_starts(self.config.train.eval_iters):
-                    sums += self.run_schedule(
-                        data.global_batch(start), data.seq_length_at(start), forward_only=True
-                    )
+                    batches, length = data.global_batch(start), data.seq_length_at(start)
+                    sums += self.run_schedule(batches, length, True, data.micro_batch_size_at(start))
                 total, tokens = reduce_over_world(sums, [], self.platform.device)
                 losses[name] = total / max(tokens, 1.0)
         for chunk in self.chunks:

@@ -69,10 +69,13 @@ class Bench:
         return json.loads((where / "results.json").read_text())
 
 
-def make_seed(folder: Path, **changes: object) -> Path:
-    """A random Llama-3-shaped Hugging Face folder: GQA, RMSNorm, SwiGLU, RoPE 500000, untied."""
+def make_seed(folder: Path, family: str = "Llama", **changes: object) -> Path:
+    """A random Llama-3-shaped Hugging Face folder: GQA, RMSNorm, SwiGLU, RoPE 500000, untied.
+
+    ``family``: as transformers names its classes, of the same parameters (``Mistral`` has a sliding window).
+    """
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    import transformers
 
     shape = {
         "hidden_size": 64,
@@ -88,7 +91,8 @@ def make_seed(folder: Path, **changes: object) -> Path:
         **changes,
     }
     torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(**shape)).float()
+    configuration = getattr(transformers, f"{family}Config")(**shape)
+    model = getattr(transformers, f"{family}ForCausalLM")(configuration).float()
     with torch.no_grad():  # norms of one would hide a norm that is not loaded
         for name, parameter in model.named_parameters():
             if "norm" in name:

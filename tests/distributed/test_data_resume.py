@@ -80,7 +80,8 @@ def check_exactly_once(bench: Bench, rows: list[list[int]], consumed: dict[str, 
 
 
 def test_killed_resized_and_changed_on_the_way(bench: Bench, tmp_path: Path) -> None:
-    """Two ranks killed; one goes on with another batch and mixture; two end it with another sequence length."""
+    """Two ranks killed; one goes on with another batch and mixture; two end it with another sequence length and a
+    batch that grows."""
     run = tmp_path / "run"
     ranks = start_ranks(2, command(bench, tmp_path / "w1", run, "checkpoint.save_interval=3"))
     wait_for_step(run, 4)
@@ -107,6 +108,7 @@ def test_killed_resized_and_changed_on_the_way(bench: Bench, tmp_path: Path) -> 
         "train.global_batch_size=12",
         "data.stages.0.mixture={en: 0.25, zh: 0.75}",
         "data.stages.1.seq_length=32",
+        "data.stages.1.rampup_batch_size=[4, 4, 24]",
     ]
     run_ranks(2, command(bench, tmp_path / "w3", run, *third))
     done_at, ledger = last_checkpoint(run)
@@ -114,6 +116,8 @@ def test_killed_resized_and_changed_on_the_way(bench: Bench, tmp_path: Path) -> 
 
     assert len(rows) == ledger["consumed_samples"]
     assert {len(row) for row in rows} == {65, 33}
+    grown = [each["global_batch_size"] for each in ledger["plan"]["segments"] if each["stage"] == "two"]
+    assert grown == [4, 8, 12]
     totals = {
         name: sum(stage.get(name, {"tokens": 0})["tokens"] for stage in ledger["counters"].values())
         for name in ("en", "zh")
@@ -135,9 +139,9 @@ def saved(bench: Bench, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def resume(bench: Bench, checkpoint: Path, *overrides: str) -> Any:
     """The training batches of a run that goes on from a checkpoint, as ``train.py`` makes them."""
+    from megatron_syne.assembly import plan_of
     from megatron_syne.config.loader import load_config
     from megatron_syne.data.loader import build_training_data
-    from megatron_syne.assembly import plan_of
 
     config = load_config(str(bench.config), list(overrides))
     plan, ledger, changes = plan_of(config, checkpoint, tell=False)

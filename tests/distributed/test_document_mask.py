@@ -8,7 +8,7 @@ import pytest
 
 from .conftest import Bench
 from .ranks import run_ranks
-from .test_layouts import PP2, SP, TP2
+from .test_layouts import CP2, PP2, SP, TP2
 
 pytestmark = pytest.mark.slow
 
@@ -54,10 +54,17 @@ def test_training_with_the_options_runs_alike_in_every_layout(bench: Bench) -> N
     options = ["data.reset_attention_mask=true", "data.reset_position_ids=true", "data.eod_mask_loss=true",
                "train.exit_interval=3"]  # fmt: skip
     results = bench.train(
-        2, {"plain": options[3:], "dp2": options, "pp2": [*options, PP2], "tp2": [*options, TP2, SP]}
+        2,
+        {
+            "plain": options[3:],
+            "dp2": options,
+            "pp2": [*options, PP2],
+            "tp2": [*options, TP2, SP],
+            "cp2": [*options, CP2],
+        },
     )
     losses = {n: [float.fromhex(row["loss"]) for row in result["steps"]] for n, result in results.items()}
-    for name in ("pp2", "tp2"):
+    for name in ("pp2", "tp2", "cp2"):
         assert losses[name] == pytest.approx(losses["dp2"], abs=5e-6)
         norms = [row["grad_norm"] for row in results[name]["steps"]]
         assert norms == pytest.approx([row["grad_norm"] for row in results["dp2"]["steps"]], abs=1e-4)

@@ -12,7 +12,7 @@ import pytest
 
 from .conftest import DEMO, make_seed
 from .ranks import logs_of, run_ranks, start_ranks, wait_ranks
-from .test_layouts import PP2, SP, TP2
+from .test_layouts import CP2, PP2, SP, TP2
 
 FIRST3 = "parallel.num_layers_in_first_pipeline_stage=3"
 VPP2 = "parallel.virtual_pipeline_model_parallel_size=2"
@@ -92,8 +92,14 @@ def test_stories260k_in_every_layout(shared_data: Path, tmp_path: Path) -> None:
     write_documents(tmp_path, texts)
     expected = by_transformers(tmp_path, model, model, context=200)
     layouts = {
-        2: {"tp2_sp": [TP2, SP], "pp2": [PP2, FIRST3], "dp2": []},
-        4: {"tp2_pp2_sp": [TP2, PP2, FIRST3, SP], "tp2_dp2": [TP2], "pp2_vpp2_dp2": [PP2, VPP2, UNEVEN]},
+        2: {"tp2_sp": [TP2, SP], "pp2": [PP2, FIRST3], "cp2": [CP2], "dp2": []},
+        4: {
+            "tp2_pp2_sp": [TP2, PP2, FIRST3, SP],
+            "tp2_dp2": [TP2],
+            "pp2_vpp2_dp2": [PP2, VPP2, UNEVEN],
+            "tp2_cp2_sp": [TP2, CP2, SP],
+            "pp2_vpp2_cp2": [PP2, VPP2, UNEVEN, CP2],
+        },
     }
     for world_size, named in layouts.items():
         jobs = tmp_path / "jobs.json"

@@ -87,15 +87,12 @@ def load(path, chunks):
     import torch
     from megatron.core import dist_checkpointing
 
-    from megatron_syne.checkpoint.manager import _chunk_key, sharded_state
-    from megatron_syne.models.gpt import unwrap
+    from megatron_syne.checkpoint.manager import model_state, put_weights
 
     for chunk in chunks:
         for parameter in chunk.parameters():
             torch.nn.init.constant_(parameter, 7.0)
-    state = dist_checkpointing.load(sharded_state(chunks, None, is_loading=True), str(path))
-    for index, chunk in enumerate(chunks):
-        unwrap(chunk).load_state_dict(state[_chunk_key(chunks, index)], strict=True)
+    put_weights(chunks, dist_checkpointing.load(model_state(chunks), str(path)))
 
 
 def save(path, chunks, optimizer):
@@ -107,7 +104,7 @@ def save(path, chunks, optimizer):
     if dist.get_rank() == 0:
         path.mkdir(parents=True)
     dist.barrier()
-    dist_checkpointing.save(sharded_state(chunks, optimizer, is_loading=False), str(path))
+    dist_checkpointing.save(sharded_state(chunks, optimizer), str(path))
 
 
 def save_pt(path, chunks):

@@ -4,7 +4,10 @@ Starting processes and importing torch costs more than twenty steps of a tiny mo
 layout after another, taking megatron-core's groups down in between. Rank 0 writes ``results.json`` beside the
 jobs: per job the losses (``float.hex``) and gradient norms of each step, the validation losses, and the plan
 and changes at the end. A job with ``stop_at`` is asked to stop during that step, as by a signal; one with
-``abandon_at`` ends after that step as a killed one does: nothing more is saved.
+``abandon_at`` ends after that step as a killed one does: nothing more is saved. One with ``saves: false``
+writes no checkpoint at all: saving takes seconds, twenty steps of a tiny model hardly more. ``engine``
+and ``late_engine`` put fields of megatron-core's ``TransformerConfig`` where no option and no rule lets them
+be, before and after DDP is built; where the loss is no number then, the job ends.
 """
 
 from __future__ import annotations
@@ -22,7 +25,10 @@ def main() -> None:
 
     platform = select("cpu")
     from megatron_syne.assembly import build_trainer
+    from megatron_syne.checkpoint.callback import CheckpointCallback
     from megatron_syne.config.loader import load_config
+    from megatron_syne.errors import DataError
+    from megatron_syne.models import gpt
     from megatron_syne.models.config import resolve_model
     from megatron_syne.parallel.ranks import rank_info
     from megatron_syne.parallel.setup import (
@@ -56,6 +62,18 @@ def main() -> None:
         def on_evaluation(self, trainer, losses) -> None:
             self.validation.append(losses)
 
+    right_engine_config = gpt.engine_config
+
+    def engine_config_with(fields):
+        def engine_config(*arguments):
+            engine = right_engine_config(*arguments)
+            for name, value in fields.items():
+                assert hasattr(engine, name)
+                setattr(engine, name, value)
+            return engine
+
+        return engine_config
+
     info = rank_info()
     config = load_config(json.loads(jobs_file.read_text())[0]["config"])
     platform.start(info.local_rank, config.precision)
@@ -65,11 +83,17 @@ def main() -> None:
         config = load_config(job["config"], job["overrides"])
         model = resolve_model(config.model)
         check(config, model, info.world_size, "cpu")
+        gpt.engine_config = engine_config_with(job.get("engine", {}))
         trainer = build_trainer(config, model, platform, info)
+        for name, value in job.get("late_engine", {}).items():
+            setattr(gpt.unwrap(trainer.chunks[0]).config, name, value)
+        saves = job.get("saves", True)
+        kept = [c for c in trainer.callbacks if saves or not isinstance(c, CheckpointCallback)]
         record = Record(job)
-        trainer.callbacks = [*trainer.callbacks, record]
+        trainer.callbacks = [*kept, record]
         first = trainer.state.step
-        with contextlib.suppress(Abandoned):
+        expected = (Abandoned, DataError) if "engine" in job else (Abandoned,)
+        with contextlib.suppress(*expected):
             trainer.fit()
         trainer.train_data.close()
         results[job["name"]] = {

@@ -12,10 +12,10 @@ import hashlib
 import json
 import math
 from bisect import bisect_right
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from operator import add
+from operator import add, sub
 from typing import Any, NamedTuple
 
 from megatron_syne.data.mixture.interleave import counts_before, place
@@ -40,6 +40,10 @@ class StageRequest(NamedTuple):
     seq_length: int
     shares: tuple[tuple[str, float], ...]
     """(source, share) with groups multiplied out, in the order of the configuration."""
+    global_batch_size: int
+    """Samples per step, once a ramp is over."""
+    rampup_batch_size: tuple[int, ...] = ()
+    """(start, increment, samples) of the ramp; () = none."""
 
 
 class StagePlan(NamedTuple):
@@ -78,7 +82,10 @@ class Segment:
     pattern: tuple[int, ...]
     """Samples of each source that decide the order: ``counts`` as first planned, before the segment was cut."""
     reason: str
-    """Why it begins: ``configuration``, or what changed."""
+    """Why it begins: ``configuration``, ``ramp`` (the global batch grows), or what changed."""
+    micro_batch_size: int = 1
+    """Samples per forward pass of one replica. Which samples stand where does not depend on it: a resume puts
+    in the configuration's, and an account from before there was this field has none."""
 
     @property
     def end(self) -> int:
@@ -101,16 +108,29 @@ class MixturePlan:
     packing: str
     """As ``data.packing``. With ``best_fit`` each sequence length has its own pass over a source."""
     global_batch_size: int
-    """As asked; that of the segments already trained may be another."""
+    """``train.global_batch_size`` as asked: of the stages without a batch of their own."""
     asked: tuple[StageRequest, ...]
     segments: tuple[Segment, ...]
+    inherited: int = 0
+    """How many of the stages, from the first, were trained by the run that this one branched off."""
 
     @cached_property
     def request(self) -> str:
-        """SHA-256 of what was asked: stages, sequence lengths, global batch, packing."""
-        stages = [[stage.name, stage.tokens, stage.seq_length, sorted(stage.shares)] for stage in self.asked]
+        """SHA-256 of what was asked: stages, sequence lengths, global batches, packing."""
+        stages = [
+            [
+                *(stage.name, stage.tokens, stage.seq_length, sorted(stage.shares)),
+                *self._own_batch(stage),  # nothing where there is none: digests of old accounts stay right
+            ]
+            for stage in self.asked
+        ]
         text = json.dumps([stages, self.global_batch_size, self.packing])
         return hashlib.sha256(text.encode("utf-8")).hexdigest()
+
+    def _own_batch(self, stage: StageRequest) -> list[Any]:
+        if stage.global_batch_size == self.global_batch_size and not stage.rampup_batch_size:
+            return []
+        return [stage.global_batch_size, list(stage.rampup_batch_size)]
 
     @cached_property
     def stages(self) -> tuple[StagePlan, ...]:
@@ -266,13 +286,15 @@ class MixturePlan:
         if abs(math.fsum(new) - 1) > SUM_TOLERANCE:
             raise ConfigError(f"shares of stage {segment.stage} must sum to 1, found {math.fsum(new):.9g}")
         past = closed(self.segments, sample)
-        end = max(each.end for each in self.segments if each.stage == segment.stage)
-        batch = segment.global_batch_size
-        rest = new_segment(
-            segment.stage, sample, (end - sample) // batch, batch, segment.seq_length, new, reason
-        )
-        later = [each for each in self.segments if each.first_sample >= end]
-        return replace(self, segments=based(self.sources, self.packing, [*past, rest, *later]))
+        own = [each for each in self.segments if each.stage == segment.stage and each.end > sample]
+        rows = [
+            (each.global_batch_size, (each.end - max(each.first_sample, sample)) // each.global_batch_size)
+            for each in own
+        ]
+        like = replace(segment, first_sample=sample, shares=new, reason=reason)
+        later = [each for each in self.segments if each.first_sample >= own[-1].end]
+        segments = [*past, *new_segments(like, rows), *later]
+        return replace(self, segments=based(self.sources, self.packing, segments))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON; :meth:`from_dict` gives an equal plan."""
@@ -293,31 +315,39 @@ def pass_key(packing: str, seq_length: int) -> int:
     return seq_length if packing == "best_fit" else 0
 
 
-def new_segment(
-    stage: str,
-    first_sample: int,
-    iterations: int,
-    global_batch_size: int,
-    seq_length: int,
-    shares: tuple[float, ...],
-    reason: str,
-) -> Segment:
-    """A segment by its shares; :func:`based` fills in where it takes up the streams."""
-    samples = iterations * global_batch_size
-    counts = tuple(apportion(shares, samples))
-    return Segment(
-        stage=stage,
-        first_sample=first_sample,
-        samples=samples,
-        iterations=iterations,
-        global_batch_size=global_batch_size,
-        seq_length=seq_length,
-        shares=shares,
-        counts=counts,
-        bases=(0,) * len(shares),
-        pattern=counts,
-        reason=reason,
-    )
+def new_segments(like: Segment, rows: Iterable[tuple[int, int]]) -> list[Segment]:
+    """Segments as ``like`` (its begin, stage, length, shares, reason), one for each (global batch, iterations).
+
+    Each source gets its share of all of them together; rows of the same batch become one, and every one but the
+    first begins for the ``ramp``. :func:`based` fills in where they take up the streams.
+    """
+    merged: list[tuple[int, int]] = []
+    for batch, iterations in rows:
+        if merged and merged[-1][0] == batch:
+            iterations += merged.pop()[1]
+        merged.append((batch, iterations))
+    whole = tuple(apportion(like.shares, sum(batch * iterations for batch, iterations in merged)))
+    result: list[Segment] = []
+    done, given = 0, (0,) * len(whole)
+    for batch, iterations in merged:
+        samples = batch * iterations
+        so_far = counts_before(whole, done + samples)
+        counts = tuple(map(sub, so_far, given))
+        result.append(
+            replace(
+                like,
+                first_sample=like.first_sample + done,
+                samples=samples,
+                iterations=iterations,
+                global_batch_size=batch,
+                counts=counts,
+                bases=(0,) * len(counts),
+                pattern=counts,
+                reason="ramp" if result else like.reason,
+            )
+        )
+        done, given = done + samples, so_far
+    return result
 
 
 def closed(segments: tuple[Segment, ...], sample: int) -> list[Segment]:

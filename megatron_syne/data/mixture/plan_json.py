@@ -21,7 +21,15 @@ def plan_to_dict(plan: MixturePlan) -> dict[str, Any]:
         "sources": list(plan.sources),
         "packing": plan.packing,
         "global_batch_size": plan.global_batch_size,
-        "asked": [{**stage._asdict(), "shares": dict(stage.shares)} for stage in plan.asked],
+        "inherited": plan.inherited,
+        "asked": [
+            {
+                **stage._asdict(),
+                "shares": dict(stage.shares),
+                "rampup_batch_size": list(stage.rampup_batch_size),
+            }
+            for stage in plan.asked
+        ],
         "segments": [
             {
                 key: list(value) if isinstance(value, tuple) else value
@@ -34,7 +42,12 @@ def plan_to_dict(plan: MixturePlan) -> dict[str, Any]:
 
 
 def plan_from_dict(data: Any, where: str = "plan") -> MixturePlan:
-    """The plan of :func:`plan_to_dict`; DataError names the field that is not as it must be."""
+    """The plan of :func:`plan_to_dict`; DataError names the field that is not as it must be.
+
+    An account from before stages had batches of their own lacks ``inherited`` and, in its stages, the batch:
+    there was none but the run's. Its segments lack the micro-batch.
+    """
+    batch = _get(data, "global_batch_size", int, where)
     sources = tuple(_list(data, "sources", str, where))
     asked = []
     for n, entry in enumerate(_list(data, "asked", dict, where)):
@@ -49,8 +62,12 @@ def plan_from_dict(data: Any, where: str = "plan") -> MixturePlan:
                 _get(entry, "tokens", int, at),
                 _get(entry, "seq_length", int, at),
                 flat,
+                _get({"global_batch_size": batch, **entry}, "global_batch_size", int, at),
+                tuple(_list({"rampup_batch_size": [], **entry}, "rampup_batch_size", int, at)),
             )
         )
+        if len(asked[-1].rampup_batch_size) not in (0, 3):
+            raise DataError(f"{at}.rampup_batch_size: expected 3 numbers or none")
     packing = _get(data, "packing", str, where)
     if packing not in ("concatenated", "best_fit"):
         raise DataError(f"{where}.packing: expected concatenated or best_fit, found {packing!r}")
@@ -74,9 +91,10 @@ def plan_from_dict(data: Any, where: str = "plan") -> MixturePlan:
         seed=_get(data, "seed", int, where),
         sources=sources,
         packing=packing,
-        global_batch_size=_get(data, "global_batch_size", int, where),
+        global_batch_size=batch,
         asked=tuple(asked),
         segments=tuple(segments),
+        inherited=_get({"inherited": 0, **data}, "inherited", int, where),
     )
     if _get(data, "request", str, where) != plan.request:
         raise DataError(f"{where}.request: is not the digest of {where}.asked: the record was changed")
@@ -89,6 +107,8 @@ def _segment(entry: dict[str, Any], columns: int, where: str) -> Segment:
         kind, name = _KINDS[str(field.type)], field.name
         if name == "pattern" and name not in entry:
             values[name] = values["counts"]
+        elif name == "micro_batch_size" and name not in entry:
+            values[name] = 1
         elif str(field.type).startswith("tuple"):
             values[name] = tuple(kind(value) for value in _list(entry, name, kind, where))
             if len(values[name]) != columns:
@@ -96,7 +116,7 @@ def _segment(entry: dict[str, Any], columns: int, where: str) -> Segment:
         else:
             values[name] = _get(entry, name, kind, where)
     segment = Segment(**values)
-    for name in ("samples", "iterations", "global_batch_size", "seq_length"):
+    for name in ("samples", "iterations", "global_batch_size", "seq_length", "micro_batch_size"):
         if values[name] < 1:
             raise DataError(f"{where}.{name}: must be at least 1, found {values[name]}")
     if segment.samples != segment.iterations * segment.global_batch_size:

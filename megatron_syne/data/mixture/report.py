@@ -27,13 +27,14 @@ def describe_plan(plan: MixturePlan, token_counts: Mapping[str, int] | None = No
         before, after = plan.consumed(stage.first_sample), plan.consumed(end)
         asked = dict(next(each for each in plan.asked if each.name == stage.name).shares)
         own = [segment for segment in plan.segments if segment.stage == stage.name]
+        moved = any(segment.shares != own[0].shares for segment in own)
         samples = {
             name: sum(segment.counts[column] for segment in own) for column, name in enumerate(plan.sources)
         }
         now = epochs_read(plan, known, end)
         rows = {
             name: {
-                "share": samples[name] / stage.samples if len(own) > 1 else asked.get(name, 0.0),
+                "share": samples[name] / stage.samples if moved else asked.get(name, 0.0),
                 "samples": samples[name],
                 "tokens": after[name] - before[name],
                 "epochs": now[name] - so_far[name] if name in known else None,
@@ -52,6 +53,8 @@ def describe_plan(plan: MixturePlan, token_counts: Mapping[str, int] | None = No
                 "iterations": stage.iterations,
                 "seq_lengths": lengths,
                 "segments": len(own),
+                "mixtures": sum(segment.reason != "ramp" for segment in own),
+                "global_batch_sizes": list(dict.fromkeys(segment.global_batch_size for segment in own)),
                 "sources": rows,
             }
         )
@@ -82,7 +85,11 @@ def plan_table(plan: MixturePlan, token_counts: Mapping[str, int] | None = None)
     lines = [f"{'':{width}} {heads}"]
     for stage in numbers["stages"]:
         length = " then ".join(f"{length:,}" for length in stage["seq_lengths"])
-        changed = f", {stage['segments']} mixtures" if stage["segments"] > 1 else ""
+        changed = f", {stage['mixtures']} mixtures" if stage["mixtures"] > 1 else ""
+        sizes = stage["global_batch_sizes"]
+        if sizes != [numbers["global_batch_size"]]:
+            grows = f"{sizes[0]:,} to {sizes[-1]:,}" if len(sizes) > 1 else f"{sizes[0]:,}"
+            changed = f" in global batches of {grows}{changed}" if sizes else changed
         lines.append(
             f"{'stage ' + stage['name']:{width}} {'':>8} {stage['samples']:>14,} {stage['tokens']:>20,}"
             f" {'':>17}  {stage['iterations']:,} iterations of sequences of {length}{changed}"

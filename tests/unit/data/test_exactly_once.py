@@ -47,7 +47,20 @@ def first_config(rng: random.Random) -> RunConfig:
     ]
     data = DataConfig(seq_length=8, sources={name: SourceConfig(name) for name in NAMES[:3]}, stages=stages)
     data.packing = rng.choice(["concatenated", "concatenated", "best_fit"])
-    return RunConfig(data=data, train=TrainConfig(global_batch_size=rng.choice([4, 8, 24])))
+    run = RunConfig(data=data, train=TrainConfig(global_batch_size=rng.choice([4, 8, 24])))
+    for stage in stages:
+        own_batch(rng, stage, run.train.global_batch_size)
+    return run
+
+
+def own_batch(rng: random.Random, stage: StageConfig, usual: int) -> None:
+    """Now and then a stage has a batch of its own, or one that grows."""
+    stage.global_batch_size = rng.choice([None, None, 4, 12, 48])
+    batch = stage.global_batch_size or usual
+    start = rng.choice([size for size in (1, 2, 4, 8, 12) if size < batch])
+    increment = rng.choice([size for size in range(1, batch) if (batch - start) % size == 0])
+    ramp = [start, increment, rng.randint(1, 300)]
+    stage.rampup_batch_size = ramp if rng.random() < 0.4 else []
 
 
 def change(rng: random.Random, config: RunConfig, plan: MixturePlan, consumed: int) -> RunConfig:
@@ -65,6 +78,11 @@ def change(rng: random.Random, config: RunConfig, plan: MixturePlan, consumed: i
         stage = data.stages[rng.randint(reached, len(data.stages) - 1)]
         if kind == "batch":
             config.train.global_batch_size = rng.choice([4, 8, 12, 24, 48])
+            for number, each in enumerate(data.stages):
+                if number >= reached:
+                    own_batch(rng, each, config.train.global_batch_size)
+                elif each.global_batch_size is None:  # over: what it was trained in is not the new default
+                    each.rampup_batch_size = []
         elif kind == "mixture":
             stage.mixture = shares(rng, tuple(data.sources))
         elif kind == "budget":
@@ -157,11 +175,12 @@ def gaps_and_repeats(seen: list[Read], best_fit: bool) -> tuple[int, int]:
 
 
 def test_a_thousand_histories_read_every_token_once() -> None:
-    lives = changes = missed = repeated = 0
+    lives = changes = missed = repeated = ramps = 0
     for seed in range(SCHEDULES):
         changing = seed % 4 != 0
         history, plan = live(seed, changing)
         lives, changes = lives + history.lives, changes + len(history.changes)
+        ramps += any(segment.reason == "ramp" for segment in plan.segments)
         gap, twice = gaps_and_repeats(history.seen, plan.packing == "best_fit")
         missed, repeated = missed + gap, repeated + twice
         assert (gap, twice) == (0, 0), f"schedule {seed}"
@@ -178,5 +197,6 @@ def test_a_thousand_histories_read_every_token_once() -> None:
             train(random.Random(-seed), seed, alone, plan_mixture(history.config), kill=False)
             assert sorted(alone.seen) == sorted(history.seen), f"schedule {seed}"
             assert not history.changes
+    assert ramps > SCHEDULES / 10
     print(f"schedules={SCHEDULES} lives={lives} changes={changes} data_dup={repeated} data_missed={missed}")
     assert lives > 2 * SCHEDULES and changes > SCHEDULES

@@ -234,9 +234,9 @@ def test_the_mixture_of_a_stage_that_just_ended_is_past() -> None:
 
 def test_a_budget_that_is_used_up_already_ends_the_stage() -> None:
     changed = config()
-    changed.data.stages[0].tokens = 100
+    changed.data.stages[0].tokens = 320
     again, words = resume_plan(changed, stored(plan_mixture(config()), 40), 40)
-    assert words == ["stage one: tokens 640 -> 100"] and again.stage_at(40) == "two"
+    assert words == ["stage one: tokens 640 -> 320"] and again.stage_at(40) == "two"
 
 
 def test_a_new_default_length_is_meant_for_what_comes() -> None:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from megatron_syne.config.learning_rate import LearningRate
 from megatron_syne.config.loader import load_config
 from megatron_syne.config.schema import RunConfig
+from megatron_syne.config.stages import legs, stage_model
 from megatron_syne.data.mixture.planning import MixturePlan, plan_mixture
 from megatron_syne.models.config import resolve_model
 from megatron_syne.parallel.topology import world_size_of
@@ -19,6 +22,9 @@ from megatron_syne.preflight.rules import check
 
 EXAMPLES = Path(__file__).resolve().parents[3] / "examples"
 RUNS = sorted(str(path.relative_to(EXAMPLES)) for path in EXAMPLES.glob("*/*.yaml"))
+RUNS.remove("recipes/common.yaml")  # no run of its own
+RUNS = [name for name in RUNS if "branch_from:" not in (EXAMPLES / name).read_text()]  # test_recipes_plan.py
+NEW_LAYERS = {"llama_pro/llama_pro_8b.yaml": [4, 9, 14, 19, 24, 29, 34, 39], "recipes/llama_pro.yaml": [2, 5]}
 
 
 def example(name: str, *overrides: str) -> tuple[RunConfig, MixturePlan]:
@@ -28,7 +34,15 @@ def example(name: str, *overrides: str) -> tuple[RunConfig, MixturePlan]:
 
 @pytest.mark.parametrize("name", RUNS)
 def test_example_passes_all_rules_and_its_dry_run_is_whole(name: str, tmp_path: Path) -> None:
-    config, plan = example(name, f"run_dir={tmp_path}")
+    overrides = [f"run_dir={tmp_path / 'run'}"]
+    if name in NEW_LAYERS:  # what tells the new layers from the others lies beside the weights
+        record = {"format": "megatron_syne.surgery", "version": 1, "operations": [], "new_tokens": []}
+        (tmp_path / "weights").mkdir()
+        (tmp_path / "weights" / "surgery.json").write_text(
+            json.dumps({**record, "new_layers": NEW_LAYERS[name]})
+        )
+        overrides.append(f"checkpoint.initialize_from={tmp_path / 'weights'}")
+    config, plan = example(name, *overrides)
     model = resolve_model(config.model)
     platform = "cpu" if config.platform == "cpu" else "cuda"
     check(config, model, world_size_of(config.parallel), platform)
@@ -44,7 +58,7 @@ def test_example_passes_all_rules_and_its_dry_run_is_whole(name: str, tmp_path: 
 
 def test_dry_run_command_of_an_example(tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "megatron_syne.train", "--config", str(EXAMPLES / "inf_34b/stage3.yaml"), "--dry-run"],
+        [sys.executable, "-m", "megatron_syne.train", "--config", str(EXAMPLES / "inf_34b/inf_34b.yaml"), "--dry-run"],
         capture_output=True, text=True, cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -71,20 +85,25 @@ def test_syne_by_topics_keeps_the_shares_of_syne() -> None:
     assert [each.group for each in config.data.reweighting] == ["web-cn", "web-en"]
 
 
-def test_inf_34b_is_three_runs_of_eight_million_tokens_a_step() -> None:
+def test_inf_34b_is_three_stages_of_eight_million_tokens_a_step() -> None:
     facts = [
         (2e12, 4096, 1e4, 2.25e-4, 1e-4),
         (1e12, 32768, 5e5, 1e-4, 1.5e-5),
         (5e11, 4096, 5e5, 5e-5, 5e-6),
     ]
-    for number, (tokens, length, base, top, bottom) in enumerate(facts, start=1):
-        config, plan = example(f"inf_34b/stage{number}.yaml")
-        assert (plan.asked[0].tokens, plan.asked[0].seq_length) == (tokens, length)
-        assert plan.global_batch_size * length == 2**23
-        assert resolve_model(config.model).rotary_base == base
-        assert (config.optimizer.lr, config.optimizer.min_lr) == (top, bottom)
-    last = example("inf_34b/stage3.yaml")[0].checkpoint.initialize_from
-    assert last is not None and last.endswith(f"iter_{example('inf_34b/stage2.yaml')[1].train_iters:07d}")
+    config, plan = example("inf_34b/inf_34b.yaml")
+    rate = LearningRate(config, plan)
+    assert legs(config) == [["general"], ["long_context", "enhancement"]]
+    for number, (tokens, length, base, top, bottom) in enumerate(facts):
+        asked, stage = plan.asked[number], plan.stages[number]
+        assert (asked.tokens, asked.seq_length) == (tokens, length)
+        segment = plan.segment_at(stage.first_sample)
+        assert segment.global_batch_size * length == 2**23
+        assert stage_model(config, resolve_model(config.model), stage.name).rotary_base == base
+        first = stage.first_sample + (2000 * segment.global_batch_size if number == 0 else 0)
+        last = stage.first_sample + stage.samples - segment.global_batch_size
+        assert rate.at(first) == top
+        assert rate.at(last) == pytest.approx(bottom, rel=1e-4)
 
 
 def test_stability_gap_reads_its_subset_five_times() -> None:
