@@ -42,7 +42,7 @@ def configuration(folder: Path, tp: int, pp: int) -> Path:
 
 def rank_main(config: str, started: float) -> None:
     """``megatron_syne.train`` with a callback that reads the clock."""
-    from megatron_syne import train
+    from megatron_syne import assembly, train
     from megatron_syne.errors import run_cli
     from megatron_syne.training.callback import Callback
 
@@ -55,14 +55,14 @@ def rank_main(config: str, started: float) -> None:
             if trainer.state.step == 1 and os.environ.get("RANK", "0") == "0":
                 print(f"DONE {time.time() - started}", flush=True)
 
-    build = train.build_trainer
+    build = assembly.build_trainer
 
     def with_clock(*arguments: Any, **options: Any) -> Any:
         trainer = build(*arguments, **options)
         trainer.callbacks = [*trainer.callbacks, Clock()]
         return trainer
 
-    train.build_trainer = with_clock
+    assembly.build_trainer = with_clock
     sys.exit(run_cli(lambda: train.main(["--config", config])))
 
 

@@ -14,6 +14,7 @@ from megatron_syne.config.learning_rate import LearningRate
 from megatron_syne.config.loader import to_yaml
 from megatron_syne.config.schema import LaunchConfig, ModelConfig, RunConfig
 from megatron_syne.data.mixture.planning import MixturePlan, branch_plan, plan_mixture, resume_plan
+from megatron_syne.evaluation.tasks import require_harness
 from megatron_syne.legs import are_given, check_branch, fit_source, leg_at, model_changes, overrides
 from megatron_syne.parallel.ranks import RankInfo
 from megatron_syne.parallel.topology import coordinates, data_parallel_size
@@ -35,6 +36,7 @@ def open_inputs(config: RunConfig, model: ModelConfig) -> None:
     from megatron_syne.convert.weights import open_source
     from megatron_syne.data.build import index_cache, training_dataset, validation_datasets
 
+    require_harness(config)
     if checkpoint_folders(Path(config.run_dir) / "checkpoints"):
         return
     vocab_size = model.vocab_size or 0
@@ -90,11 +92,7 @@ def build_trainer(config: RunConfig, model: ModelConfig, platform: Platform, inf
 
     platform.start(info.local_rank, config.precision)
     start_distributed(platform, info, config.resilience.distributed_timeout_seconds)
-
-    from megatron.core import parallel_state
-
-    if not parallel_state.model_parallel_is_initialized():  # else a leg before this one did
-        start_model_parallel(config.parallel, config.train.seed)
+    start_model_parallel(config.parallel, config.train.seed)
 
     from megatron_syne.checkpoint.callback import CheckpointCallback
     from megatron_syne.convert.artifacts import collect_artifacts, refresh_config
@@ -102,7 +100,7 @@ def build_trainer(config: RunConfig, model: ModelConfig, platform: Platform, inf
     from megatron_syne.fp8.attach import attach_fp8
     from megatron_syne.fp8.guard import Fp8Guard
     from megatron_syne.models.gpt import build_model
-    from megatron_syne.training.optimizer import build_optimizer, connect, wrap_ddp
+    from megatron_syne.training.optimizer import build_optimizer, changed_formats, connect, wrap_ddp
     from megatron_syne.training.param_groups import set_trainable
     from megatron_syne.training.trainer import Trainer
 
@@ -122,7 +120,8 @@ def build_trainer(config: RunConfig, model: ModelConfig, platform: Platform, inf
     train_data, validation_data = build_data(config, model, info, plan, ledger, changes, platform)
     chunks = build_model(leg.config, leg.model, platform)
     if start is not None:
-        words, origin = overrides(run, leg), f"step {state.step}"
+        told = [overrides(run, leg), *changed_formats(run.get("optimizer"), leg.config)]
+        words, origin = "; ".join(filter(None, told)), f"step {state.step}"
     else:
         words, origin = initialize(leg.config, leg.model, chunks), "start"
     if words:

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 from megatron_syne.config.schema import ModelConfig, RunConfig
 from megatron_syne.config.stages import CARRIED, leg_config, legs, stage_model, trains
 from megatron_syne.data.mixture.plan import MixturePlan
-from megatron_syne.data.tokenizer import tokenizer_fingerprint
 from megatron_syne.errors import ConfigError
 from megatron_syne.training.state import TrainState
 
@@ -115,6 +114,8 @@ def fit_source(source: WeightSource, config: RunConfig, model: ModelConfig) -> s
 
 def check_branch(config: RunConfig, checkpoint: Path) -> None:
     """ConfigError where a branch names another tokenizer than the run that it branches off."""
+    from megatron_syne.data.tokenizer import tokenizer_fingerprint
+
     theirs, ours = checkpoint / "hf", config.data.tokenizer_path
     kept = [theirs / name for name in ("tokenizer.json", "tokenizer.model") if (theirs / name).is_file()]
     if ours and kept and tokenizer_fingerprint(ours) != tokenizer_fingerprint(theirs):

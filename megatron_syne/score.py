@@ -3,8 +3,9 @@
     torchrun --nproc-per-node 4 -m megatron_syne.score --config run.yaml [section.option=value ...] \\
         --input zh.jsonl --output zh.scored.jsonl
 
-Model, layout and precision are the configuration's, the weights those of ``checkpoint.initialize_from``: a
-Hugging Face folder, converted shards, or a training checkpoint. Its data, batch sizes and schedule do not count.
+Model, layout and number format are the configuration's (but FP8: products are bf16's here), the weights those of
+``checkpoint.initialize_from``: a Hugging Face folder, converted shards, or a training checkpoint. Its data, batch
+sizes and schedule do not count.
 Rank 0 reads, tokenises and writes; the others compute. The numbers are those of
 ``tools/curate_data.py score-perplexity`` with the same weights.
 """
@@ -18,7 +19,14 @@ from typing import TYPE_CHECKING, cast
 
 from megatron_syne.command_line import Parser, ProgressLine
 from megatron_syne.config.loader import load_config
-from megatron_syne.config.schema import DataConfig, ModelConfig, RunConfig, ScheduleConfig, TrainConfig
+from megatron_syne.config.schema import (
+    DataConfig,
+    ModelConfig,
+    PrecisionConfig,
+    RunConfig,
+    ScheduleConfig,
+    TrainConfig,
+)
 from megatron_syne.curation.perplexity_options import (
     Task,
     add_scoring_arguments,
@@ -78,6 +86,7 @@ def scoring_config(config: RunConfig, task: Task, world_size: int) -> RunConfig:
         data=DataConfig(seq_length=max(1, task.context // multiple) * multiple, mock=True),
         train=TrainConfig(1, replicas * passes, train_iters=1, seed=config.train.seed),
         schedule=ScheduleConfig(),
+        precision=PrecisionConfig(params_dtype=config.precision.params_dtype),
     )
 
 
@@ -126,7 +135,6 @@ def lead(
     identity = {
         "kind": "megatron_syne",
         "dtype": config.precision.params_dtype,
-        "fp8": config.precision.fp8,
         "files": weights_identity(config.checkpoint.initialize_from or ""),
     }
     ended = FAILED

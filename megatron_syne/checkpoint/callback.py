@@ -44,6 +44,7 @@ class CheckpointCallback(Callback):
             "data": trainer.train_data.ledger(trainer.state.consumed_samples),
             "layout": asdict(trainer.config.parallel),
             "precision": asdict(trainer.config.precision),
+            "optimizer": asdict(trainer.config.optimizer),
             "trains": trains(trainer.config),
         }
         if trainer.fp8_record is not None:

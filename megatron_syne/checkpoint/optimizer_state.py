@@ -39,8 +39,13 @@ class StateFile:
 
     @property
     def per_layer(self) -> bool:
-        """Whether each layer has keys of its own."""
-        return any(_layer_of(key.removeprefix(PREFIX + MOMENTS[0] + ".")) is not None for key in self.keys)
+        """Whether layers are to be asked for by keys of their own: also where no layer has a state.
+
+        By stacked keys a layer's weight could not be told from another's; and those hold every layer.
+        """
+        stem = f"{PREFIX}{MOMENTS[0]}."
+        names = [key.removeprefix(stem) for key in self.keys if key.startswith(stem + "decoder.layers.")]
+        return all(_layer_of(name) is not None for name in names)
 
 
 def state_file(tensors: dict[str, Any]) -> StateFile:
@@ -150,7 +155,7 @@ def holes(named: dict[str, Any], wanted: dict[str, Any]) -> dict[str, Any]:
     if dist.get_world_size() > 1:
         return {}
     asked = {leaf.key for leaf in wanted.values()}
-    found = {}
+    found: dict[str, Any] = {}
     for leaf in leaves(named):
         for kind in (*MOMENTS, *MASTERS) if not leaf.data.requires_grad else ():
             key = f"{PREFIX}{kind}.{leaf.key}"

@@ -178,7 +178,9 @@ def nearest_key(dotted: str, kind: type[Any], prefix: str) -> str | None:
     for candidates, bonus in ((beside, 0.05), ([key for key, _ in schema_keys()], 0.0)):
         for candidate in candidates:
             score = difflib.SequenceMatcher(None, wanted, candidate.rpartition(".")[2]).ratio() + bonus
-            score -= 0.01 * candidate.count("<")  # rather an option of the run than one of a stage or a source
+            score -= 0.01 * candidate.count(
+                "<"
+            )  # rather an option of the run than one of a stage or a source
             if score > best_score:
                 best, best_score = candidate, score
     return best

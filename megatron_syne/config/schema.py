@@ -311,15 +311,16 @@ class OptimizerConfig:
     groups: list[ParamGroupConfig] = field(default_factory=list)
     """Parameters with their own learning rate or weight decay."""
     use_precision_aware_optimizer: bool = False
-    """Keep master weights, main gradients and moments in the formats below (with ``use_distributed_optimizer``)."""
+    """Keep master weights, main gradients and moments in the formats below (with ``use_distributed_optimizer``
+    and bf16 weights)."""
     main_grads_dtype: Literal["fp32", "bf16"] = "fp32"
-    """Format of the main gradients."""
+    """Format of the main gradients; must be what ``precision.accumulate_allreduce_grads_in_fp32`` reduces in."""
     main_params_dtype: Literal["fp32", "fp16"] = "fp32"
     """Format of the master weights."""
     exp_avg_dtype: Literal["fp32", "bf16", "fp16", "fp8"] = "fp32"
     """Format of the first moment."""
     exp_avg_sq_dtype: Literal["fp32", "bf16", "fp16", "fp8"] = "fp32"
-    """Format of the second moment."""
+    """Format of the second moment; ``fp8`` is refused, since it loses the small ones."""
     optimizer_cpu_offload: bool = False
     """Keep ``optimizer_offload_fraction`` of the optimizer state in host memory and step it there (CUDA)."""
     optimizer_offload_fraction: float = 1.0
@@ -362,7 +363,8 @@ class Fp8GuardConfig:
     interval: int | None = None
     """Iterations between two looks: one micro-batch is also run forward in bf16; not given = never."""
     max_loss_gap: float | None = None
-    """Largest difference of the two losses, relative to bf16's; above it all layers fall back to bf16."""
+    """Largest difference of the two losses, relative to bf16's; above it, or where only bf16's is finite, all layers
+    fall back to bf16 from that step on."""
     max_overflow: float | None = None
     """Largest share of a tensor's values beyond the format's range; above it the layer falls back to bf16."""
     max_underflow: float | None = None
@@ -387,11 +389,11 @@ class PrecisionConfig:
     fp8_margin: int = 0
     """Delayed scaling leaves 2 ** margin of room above the largest value."""
     fp8_amax_history_len: int = 1024
-    """Delayed scaling: steps whose largest absolute value is remembered."""
+    """Delayed scaling: micro-batches whose largest absolute value is remembered (Transformer Engine's count)."""
     fp8_amax_compute_algo: Literal["max", "most_recent"] = "max"
     """Delayed scaling: which of them decides the scale."""
     first_last_layers_bf16: bool = False
-    """Keep the first and the last layers in bf16 under FP8."""
+    """Keep the first and the last layers in bf16 under FP8 (megatron-core: not with ``delayed``)."""
     num_layers_at_start_in_bf16: int = 1
     """With ``first_last_layers_bf16``: layers at the start."""
     num_layers_at_end_in_bf16: int = 1
@@ -407,9 +409,9 @@ class TrainConfig:
     """Batches, length, evaluation."""
 
     micro_batch_size: int = 1
-    """Samples per forward pass of one replica."""
+    """Samples per forward pass of one replica, of validation and of stages without their own."""
     global_batch_size: int = 8
-    """Samples per optimizer step over all replicas."""
+    """Samples per optimizer step over all replicas, of validation and of stages without their own."""
     rampup_batch_size: list[int] = field(default_factory=list)
     """``[start, increment, samples]`` for the first stage, as ``data.stages[].rampup_batch_size``."""
     train_iters: int | None = None
@@ -450,7 +452,8 @@ class HarnessConfig:
     """lm-evaluation-harness on exported snapshots, beside the training (extra ``eval``)."""
 
     tasks: list[str] = field(default_factory=list)
-    """Its task names, or YAML files of tasks; not given = no evaluation by it."""
+    """Its task names, or YAML files of tasks (in ``include_path``, or else relative to the current folder); not
+    given = no evaluation by it."""
     include_path: str | None = path()
     """Folder with further task files."""
     interval: int | None = None

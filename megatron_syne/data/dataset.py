@@ -244,3 +244,16 @@ class MockDataset:
     def source_facts(self) -> dict[str, dict[str, Any]]:
         """There is no file to remember."""
         return {}
+
+
+def batch_in_words(dataset: StagedDataset | MockDataset, first: int, count: int) -> str:
+    """Which samples a global batch of ``count`` holds, for people: stage, and of the first few their documents."""
+    most = 8
+    found = [dataset.where(index) for index in range(first, first + min(count, most))]
+    samples = []
+    for number, at in enumerate(found):
+        documents = [f"document {each.document} [{each.start}:{each.stop}]" for each in at.ranges[:4]]
+        more = ["..."] if len(at.ranges) > 4 else []
+        samples.append(f"{first + number}: {at.source}, {', '.join(documents + more)}")
+    rest = f"; and {count - most} more" if count > most else ""
+    return f"stage {found[0].stage}, samples {first} to {first + count - 1} ({'; '.join(samples)}{rest})"

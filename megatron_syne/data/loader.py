@@ -17,7 +17,7 @@ import torch
 from megatron_syne.config.schema import RunConfig
 from megatron_syne.data.batches import BatchBuilder, BatchForm
 from megatron_syne.data.build import index_cache, training_dataset, validation_datasets
-from megatron_syne.data.dataset import MockDataset, Samples, StagedDataset
+from megatron_syne.data.dataset import MockDataset, Samples, StagedDataset, batch_in_words
 from megatron_syne.data.mixture.ledger import check_sources, make_ledger
 from megatron_syne.data.mixture.planning import MixturePlan
 
@@ -206,16 +206,7 @@ class TrainingLoader(DataLoader):
 
     def described(self, start: int) -> str:
         """What the global batch that begins at a sample holds, for people: its stage, sources and documents."""
-        batch, most = self.global_batch_size_at(start), 8
-        found = [self.dataset.where(index) for index in range(start, start + min(batch, most))]
-        samples = "; ".join(
-            f"{start + number}: {at.source}, "
-            f"{', '.join(f'document {each.document} [{each.start}:{each.stop}]' for each in at.ranges[:4])}"
-            f"{', ...' if len(at.ranges) > 4 else ''}"
-            for number, at in enumerate(found)
-        )
-        more = f"; and {batch - most} more" if batch > most else ""
-        return f"stage {found[0].stage}, samples {start} to {start + batch - 1} ({samples}{more})"
+        return batch_in_words(self.dataset, start, self.global_batch_size_at(start))
 
     def ledger(self, sample: int) -> dict[str, Any]:
         """The account that a checkpoint keeps, with which the run goes on after ``sample`` samples."""

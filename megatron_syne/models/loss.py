@@ -85,7 +85,7 @@ class _LabelLogits(torch.autograd.Function):
         return found
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
         """d loss / d logits: the gradient at the label, zero elsewhere."""
         index, elsewhere = ctx.saved_tensors
         own = gradient.masked_fill(elsewhere, 0.0).to(ctx.dtype).unsqueeze(-1)

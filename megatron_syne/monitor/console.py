@@ -73,16 +73,14 @@ class ConsoleProgress(Callback):
 
 
 def _fp8(metrics: dict[str, float]) -> str:
-    """What the look at FP8 found, over all layers."""
-    shares = "".join(
-        f", {name} {metrics[key]:.2g}"
+    """What the look at FP8 found: the gap, and over all layers the largest shares of a tensor's values lost."""
+    lost = [
+        f"{name} {metrics[key]:.2g}"
         for name in ("overflow", "underflow")
         if (key := f"fp8/max_{name}") in metrics
-    )
-    return (
-        f"FP8 loss gap to bf16 {metrics['fp8/loss_gap']:.2e}; largest share of a tensor{shares or ' none'}; "
-        f"{int(metrics['fp8/bf16_layers'])} layers in bf16"
-    )
+    ]
+    figures = [f"FP8 loss gap to bf16 {metrics['fp8/loss_gap']:.2e}", *lost]
+    return ", ".join(figures) + f"; {int(metrics['fp8/bf16_layers'])} layers in bf16"
 
 
 def _stage(trainer: Trainer) -> str:

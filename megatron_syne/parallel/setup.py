@@ -59,9 +59,14 @@ def _meet(address: str, port: int, info: RankInfo, timeout: datetime.timedelta) 
 
 
 def start_model_parallel(parallel: ParallelConfig, seed: int) -> None:
-    """Build megatron-core's groups and its random state for this layout; all ranks must call."""
+    """Build megatron-core's groups and its random state for this layout; all ranks must call.
+
+    Nothing where they are there already: the leg of a run that goes on in the same processes keeps them.
+    """
     from megatron.core import parallel_state, tensor_parallel
 
+    if parallel_state.model_parallel_is_initialized():
+        return
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,

@@ -92,10 +92,14 @@ def install_bridge() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     warnings.filterwarnings("ignore", message=r"The \.grad attribute of a Tensor that is not a leaf")
 
+    # Its fused functions are decorated at import. They run uncompiled here (see the head of this file), and
+    # the compiler need not be imported either: half of the engine's import time.
+    compiler, torch.compile = torch.compile, _left_as_it_is
     from megatron.core import optimizer as engine_optimizer
     from megatron.core.optimizer import distrib_optimizer
     from megatron.core.tensor_parallel import random as engine_random
 
+    torch.compile = compiler
     engine_random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
     # The default False counts as FP8 (the engine asks "is not None") and would look for Transformer Engine's state.
     engine_random.CheckpointWithoutOutput.__init__.__defaults__ = (None,)
@@ -116,6 +120,11 @@ def install_bridge() -> None:
             return run_backward(*args, **kwargs)
 
     autograd._engine_run_backward = run_backward_bridged
+
+
+def _left_as_it_is(function: Any = None, **_: Any) -> Any:
+    """``torch.compile`` that compiles nothing, as a call or with options as a decorator."""
+    return function if function is not None else _left_as_it_is
 
 
 class CpuPlatform(Platform):

@@ -91,6 +91,26 @@ def emulating_spec() -> Any:
     return spec
 
 
+def start_tp_comm_overlap(config: RunConfig, hidden_size: int) -> None:
+    """Make Transformer Engine's buffers for ``parallel.tp_comm_overlap``; all ranks must call, before a forward pass.
+
+    megatron-core leaves this to the program. The shape is of the activations of a micro-batch before SP cuts
+    them, [seq x micro batch / CP, hidden]; ``preflight`` sees to it that there is only one. Not run on a GPU yet.
+    """
+    base = importlib.import_module("transformer_engine.pytorch.module.base")
+    precision, modes = config.precision, base.UserBufferQuantizationMode
+    wanted = [modes.FP8 if precision.fp8 else modes.NONE]
+    if precision.fp8 and precision.first_last_layers_bf16:
+        wanted.append(modes.NONE)
+    tokens = config.data.seq_length * config.train.micro_batch_size // config.parallel.context_parallel_size
+    base.initialize_ub(
+        shape=[tokens, hidden_size],
+        tp_size=config.parallel.tensor_model_parallel_size,
+        quantization_modes=wanted,
+        bootstrap_backend="nccl",
+    )
+
+
 class CudaPlatform(Platform):
     """One GPU per rank."""
 

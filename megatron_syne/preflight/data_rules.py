@@ -88,13 +88,18 @@ def _source(facts: Facts, key: str, source: SourceConfig) -> Problems:
 def documents_are_told_apart(facts: Facts) -> Problems:
     """Positions start anew only where attention does; on CUDA such samples come one to a micro-batch."""
     data, train = facts.config.data, facts.config.train
+    sizes = {
+        f"data.stages.{n}.micro_batch_size": stage.micro_batch_size for n, stage in enumerate(data.stages)
+    }
+    sizes["train.micro_batch_size"] = train.micro_batch_size
     if data.reset_position_ids and not data.reset_attention_mask:
         yield f"{facts.at('data.reset_position_ids')} needs data.reset_attention_mask: true"
-    if data.reset_attention_mask and facts.platform == "cuda" and train.micro_batch_size != 1:
-        yield (
-            f"{facts.at('train.micro_batch_size')} with {facts.at('data.reset_attention_mask')} on CUDA: packed "
-            f"sequences (THD) come one to a micro-batch; set micro_batch_size to 1"
-        )
+    for key, size in sizes.items():
+        if data.reset_attention_mask and facts.platform == "cuda" and size not in (None, 1):
+            yield (
+                f"{facts.named(key, size)} with {facts.at('data.reset_attention_mask')} on CUDA: packed "
+                f"sequences (THD) come one to a micro-batch; set micro_batch_size to 1"
+            )
     if data.reset_attention_mask and facts.platform == "cpu" and facts.model.window_size is not None:
         yield (
             f"{facts.at('data.reset_attention_mask')} with {facts.at('model.window_size')} on the CPU: the engine's "
@@ -113,6 +118,8 @@ def sequences_fit(facts: Facts) -> Problems:
     if longest is not None and data.seq_length > longest and all(stage.seq_length for stage in stages):
         yield f"{facts.at('data.seq_length')} is greater than {facts.at('model.max_position_embeddings')}"
     for key, length in facts.seq_lengths():
+        if facts.config.parallel.context_parallel_size > 1:
+            continue  # context_rules.py asks for more
         if facts.config.parallel.sequence_parallel and tp > 1 and length % tp:
             yield (
                 f"{facts.named(key, length)} is not a multiple of "

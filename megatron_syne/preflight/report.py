@@ -16,9 +16,11 @@ from megatron_syne.config.schema import ModelConfig, ParallelConfig, RunConfig
 from megatron_syne.data.mixture.plan import MixturePlan
 from megatron_syne.data.mixture.planning import plan_mixture
 from megatron_syne.data.mixture.report import plan_table
+from megatron_syne.fp8.choice import describe_fp8
 from megatron_syne.models.config import padded_vocab_size
 from megatron_syne.parallel.topology import coordinates, data_parallel_size, rank_grid, world_size_of
 from megatron_syne.preflight.facts import PlatformName
+from megatron_syne.preflight.harness_rules import harness_notes
 from megatron_syne.preflight.manifests import source_token_counts
 from megatron_syne.preflight.size import model_parameters, stage_parameters
 from megatron_syne.preflight.stage_report import learning_rate_section, stage_table
@@ -40,7 +42,7 @@ def dry_run_report(
     plan = plan_mixture(config)
     sections = [
         ("resolved configuration", to_yaml(dataclasses.replace(config, model=model)).rstrip()),
-        ("choices", _choices(config.parallel, platform)),
+        ("choices", _choices(config, platform)),
         ("model", _model(model, config.parallel)),
         ("rank grid", _grid(config.parallel, model, world_size)),
         ("batch", _batch(config, world_size, plan)),
@@ -84,17 +86,19 @@ def notes(config: RunConfig, plan: MixturePlan) -> list[str]:
         )
     if config.checkpoint.save_interval is None:
         found.append("checkpoint.save_interval is not given: one checkpoint is written, at the end")
-    return found
+    return found + harness_notes(config)
 
 
-def _choices(parallel: ParallelConfig, platform: PlatformName) -> str:
+def _choices(config: RunConfig, platform: PlatformName) -> str:
+    parallel = config.parallel
+
     def line(name: str, value: bool) -> str:
         chosen = "given" if getattr(parallel, name) is not None else "chosen"
         return f"parallel.{name}: {str(value).lower()} ({chosen})"
 
     return "\n".join(
         [
-            f"platform: {platform}",
+            f"platform: {platform}{describe_fp8(config.precision, platform)}",
             line("overlap_p2p_comm", resolved_overlap_p2p_comm(parallel)),
             line("deallocate_pipeline_outputs", resolved_deallocate_pipeline_outputs(parallel, platform)),
         ]

@@ -193,8 +193,8 @@ def _ramp(facts: Facts, key: str, ramp: list[int], batch: int, unit: int, rule: 
         yield f"{name}: expected [start, increment, samples], three numbers of at least 1"
         return
     start, increment, samples = ramp
-    if start > batch:
-        yield f"{name}: the ramp starts above the global batch of {batch}; start at {batch} at most"
+    if start >= batch:
+        yield f"{name}: the ramp does not start below the global batch of {batch}; start lower, or give no ramp"
     elif (batch - start) % increment:
         legal = [
             size for size in range(1, batch - start + 1) if not (batch - start) % size and not size % unit

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 from megatron_syne.errors import SyneError
 from megatron_syne.models.parameter_names import (
@@ -37,6 +38,9 @@ def patterns_fit(facts: Facts) -> Problems:
     given += [(f"optimizer.groups.{n}.match", group.match) for n, group in enumerate(config.optimizer.groups)]
     new_layers: list[int] | None = None
     if ask_for_new_layers(pattern for _, pattern in given):
+        start = config.checkpoint.initialize_from
+        if start is not None and not Path(start).exists():
+            return  # the weights are not made yet: looked at again at the start, which needs them
         try:
             new_layers = new_layers_of(config)
         except SyneError as error:

@@ -15,8 +15,9 @@ from typing import Any
 import yaml
 
 from megatron_syne import __version__
-from megatron_syne.config.arithmetic import tokens_per_step
+from megatron_syne.config.learning_rate import Rates, rates_of
 from megatron_syne.config.schema import ModelConfig, ParallelConfig, PrecisionConfig, RunConfig
+from megatron_syne.config.stages import stage_batch
 from megatron_syne.release.licences import TERMS
 from megatron_syne.release.run_facts import RunFacts
 
@@ -174,12 +175,14 @@ def _procedure(run: RunFacts) -> list[tuple[str, str]]:
     config, adam = run.config, run.config.optimizer
     planned = f" of {run.planned_steps:,} planned"
     clip = f", gradient norm clipped to {adam.clip_grad:g}" if adam.clip_grad else ""
-    batch = f"{config.train.global_batch_size:,} sequences = {tokens_per_step(config):,} tokens"
     return [
         ("Tokens", f"{run.consumed_tokens:,}"),
         ("Optimizer steps", f"{run.step:,}{planned}"),
-        ("Sequence length", f"{config.data.seq_length:,}"),
-        ("Global batch", batch),
+        ("Sequence length", _by_stage(f"{length:,}" for _, length in _batches(config))),
+        (
+            "Global batch",
+            _by_stage(f"{size:,} sequences = {size * length:,} tokens" for size, length in _batches(config)),
+        ),
         (
             "Optimizer",
             f"AdamW, beta {adam.adam_beta1:g} and {adam.adam_beta2:g}, epsilon {adam.adam_eps:g}, "
@@ -193,8 +196,31 @@ def _procedure(run: RunFacts) -> list[tuple[str, str]]:
     ]
 
 
+def _batches(config: RunConfig) -> list[tuple[int, int]]:
+    """(global batch, sequence length) of each stage."""
+    if config.data.mock or not config.data.stages:
+        return [(config.train.global_batch_size, config.data.seq_length)]
+    lengths = (stage.seq_length or config.data.seq_length for stage in config.data.stages)
+    return [(stage_batch(config, n).global_batch_size, length) for n, length in enumerate(lengths)]
+
+
+def _by_stage(values: Iterable[str]) -> str:
+    """The values of the stages in their order; one alone where all are the same."""
+    listed = list(values)
+    return listed[0] if len(set(listed)) == 1 else "; ".join(listed) + " (by stage)"
+
+
 def _schedule(config: RunConfig) -> str:
-    schedule, peak, bottom = config.schedule, f"{config.optimizer.lr:g}", f"{config.optimizer.min_lr:g}"
+    """In words; begun anew in each stage where ``schedule.span`` says so."""
+    end = config.schedule.lr_decay_iters
+    if config.schedule.span == "run":
+        return _shape(rates_of(config), "the last step planned" if end is None else f"step {end:,}")
+    stages = (stage.name for stage in config.data.stages)
+    return "; ".join(f"{name}: {_shape(rates_of(config, name), 'the end of the stage')}" for name in stages)
+
+
+def _shape(schedule: Rates, end: str) -> str:
+    peak, bottom = f"{schedule.lr:g}", f"{schedule.min_lr:g}"
     warmup = ""
     if schedule.lr_warmup_tokens is not None:
         warmup = f"{schedule.lr_warmup_tokens:,} tokens"
@@ -203,13 +229,16 @@ def _schedule(config: RunConfig) -> str:
     rise = f"from {schedule.lr_warmup_init:g} to {peak} over the first {warmup}, then " if warmup else ""
     if schedule.lr_decay_style == "constant":
         return f"{rise}constant at {peak}"
-    end = "the last step planned" if schedule.lr_decay_iters is None else f"step {schedule.lr_decay_iters:,}"
     if schedule.lr_decay_style == "WSD":
-        if not schedule.lr_wsd_decay_iters:
+        if schedule.lr_wsd_decay_tokens:
+            decay = f"{schedule.lr_wsd_decay_tokens:,} tokens"
+        elif schedule.lr_wsd_decay_iters:
+            decay = f"{schedule.lr_wsd_decay_iters:,} steps"
+        else:
             return f"{rise}constant at {peak} (WSD without decay)"
         return (
             f"{rise}constant at {peak}, then {schedule.lr_wsd_decay_style} decay to {bottom} over the "
-            f"{schedule.lr_wsd_decay_iters:,} steps before {end} (WSD)"
+            f"{decay} before {end} (WSD)"
         )
     return f"{rise}{schedule.lr_decay_style} decay from {peak} to {bottom} at {end}"
 

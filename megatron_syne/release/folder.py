@@ -248,6 +248,9 @@ def _refuse_private(documents: Mapping[str, bytes]) -> None:
 
 def _read_evaluation(path: Path) -> dict[str, dict[str, Any]]:
     scores = read_json(path)
+    if scores.get("format") == "megatron_syne.evaluation":  # as megatron_syne.evaluation writes it
+        measured = scores["results"].items()
+        scores = {task: {name: v for name, v in row.items() if v is not None} for task, row in measured}
     for task, metrics in scores.items():
         good = isinstance(metrics, dict) and bool(metrics)
         if not good or not all(isinstance(value, str | int | float) for value in metrics.values()):

@@ -25,6 +25,11 @@ def wrap_ddp(chunks: list[nn.Module], config: RunConfig) -> list[Any]:
     from megatron.core.distributed import DistributedDataParallel
 
     ddp_config = engine_ddp_config(config)
+    engine: Any = unwrap(chunks[0]).config
+    if engine.tp_comm_overlap:
+        from megatron_syne.platform.cuda import start_tp_comm_overlap
+
+        start_tp_comm_overlap(config, engine.hidden_size)
     return [
         DistributedDataParallel(
             config=unwrap(chunk).config, ddp_config=ddp_config, module=chunk, disable_bucketing=index > 0
@@ -41,8 +46,9 @@ def build_optimizer(chunks: list[Any], config: RunConfig) -> Any:
     """
     from megatron.core.optimizer import get_megatron_optimizer
 
+    fp8 = unwrap(chunks[0]).config.fp8 is not None  # emulated FP8 is nothing to the engine
     return get_megatron_optimizer(
-        engine_optimizer_config(config),
+        engine_optimizer_config(config, fp8),
         chunks,
         config_overrides=group_overrides(config),
         use_gloo_process_groups=False,
@@ -64,8 +70,8 @@ def engine_ddp_config(config: RunConfig) -> Any:
     )
 
 
-def engine_optimizer_config(config: RunConfig) -> Any:
-    """megatron-core's ``OptimizerConfig``."""
+def engine_optimizer_config(config: RunConfig, fp8: bool) -> Any:
+    """megatron-core's ``OptimizerConfig``; ``fp8``: whether the layers are Transformer Engine's FP8 ones."""
     from megatron.core.optimizer import OptimizerConfig
 
     options, precision = config.optimizer, config.precision
@@ -80,7 +86,7 @@ def engine_optimizer_config(config: RunConfig) -> Any:
         clip_grad=options.clip_grad,
         bf16=precision.params_dtype == "bf16",
         params_dtype=DTYPES[precision.params_dtype],
-        fp8_recipe=precision.fp8,
+        fp8_recipe=precision.fp8 if fp8 else None,
         use_distributed_optimizer=config.parallel.use_distributed_optimizer,
         overlap_param_gather=config.parallel.overlap_param_gather,
         **state_options(config),
@@ -114,28 +120,21 @@ def state_options(config: RunConfig) -> dict[str, Any]:
     return result
 
 
-def state_formats(config: RunConfig) -> dict[str, str]:
-    """Format of each part of the optimizer's state, for a checkpoint's record (``state.json``)."""
-    options = config.optimizer
-    names = ("main_grads_dtype", "main_params_dtype", "exp_avg_dtype", "exp_avg_sq_dtype")
-    return {name: getattr(options, name) for name in names}
+def changed_formats(stored: dict[str, Any] | None, config: RunConfig) -> list[str]:
+    """What to tell of a run that goes on with other formats than those of its checkpoint.
 
-
-def changed_formats(stored: dict[str, str] | None, config: RunConfig) -> list[str]:
-    """What is told when a run goes on with other formats than its checkpoint's record says.
-
-    Checkpoints hold unscaled fp32 values of whatever format, so any change is possible; what is lost is lost in
-    the rounding to the new format. None (a checkpoint from before there was the record) = fp32.
+    ``stored``: the ``optimizer`` section that the checkpoint was written under; None (from before it was kept) =
+    all fp32. Checkpoints hold unscaled fp32 values of whatever format, so any change is possible; what the
+    new format cannot hold is rounded away.
     """
-    now = state_formats(config)
-    before = stored or dict.fromkeys(now, "fp32")
-    return [
-        f"optimizer.{name}: {before.get(name, 'fp32')} -> {value} (the state is rounded to it)"
-        if value != "fp32"
-        else f"optimizer.{name}: {before.get(name, 'fp32')} -> fp32"
-        for name, value in now.items()
-        if before.get(name, "fp32") != value
-    ]
+    words = []
+    for name in ("main_grads_dtype", "main_params_dtype", "exp_avg_dtype", "exp_avg_sq_dtype"):
+        before, now = (stored or {}).get(name, "fp32"), getattr(config.optimizer, name)
+        if before != now:
+            words.append(
+                f"optimizer.{name}: {before} -> {now}" + ("" if now == "fp32" else ", rounded to it")
+            )
+    return words
 
 
 def set_learning_rate(optimizer: Any, rate: float, weight_decay: float) -> None:

@@ -12,8 +12,8 @@ def main() -> None:
         import torch
         from safetensors.torch import save_file
 
-        from megatron_syne.models.gpt import build_model
         from megatron_syne.assembly import initialize
+        from megatron_syne.models.gpt import build_model
 
         chunks = build_model(config, model, platform)
         initialize(config, model, chunks)

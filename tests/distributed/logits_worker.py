@@ -27,8 +27,8 @@ def forward(config, model, platform, rows):
     from megatron.core import parallel_state, tensor_parallel
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
-    from megatron_syne.models.gpt import build_model
     from megatron_syne.assembly import initialize
+    from megatron_syne.models.gpt import build_model
 
     chunks = build_model(config, model, platform)
     initialize(config, model, chunks)

@@ -12,15 +12,15 @@ from typing import Any
 
 
 def main() -> int:
-    from megatron_syne import train
+    from megatron_syne import assembly, train
 
     folder = Path(sys.argv[1])
     folder.mkdir(parents=True, exist_ok=True)
-    build = train.build_trainer
+    build = assembly.build_trainer
 
     def with_witness(config: Any, model: Any, platform: Any, info: Any) -> Any:
         trainer = build(config, model, platform, info)
-        stream = (folder / f"rank{info.rank}_{os.getpid()}.jsonl").open("w")
+        stream = (folder / f"rank{info.rank}_{os.getpid()}.jsonl").open("a")
         given = trainer.train_data.global_batch
 
         def global_batch(start: int) -> Any:
@@ -37,7 +37,7 @@ def main() -> int:
         trainer.train_data.global_batch = global_batch
         return trainer
 
-    train.build_trainer = with_witness
+    assembly.build_trainer = with_witness
     return train.main(sys.argv[2:])
 
 

@@ -43,7 +43,7 @@ def results(bench: Bench, folder: Path) -> dict[str, dict]:
         jobs[f"{name}_plain"] = [*layout, *FP8]
         jobs[f"{name}_guarded"] = [*layout, *GUARD, f"run_dir={folder / name}"]
         extra |= {f"{name}_{how}": {"saves": False, "abandon_at": 5} for how in ("plain", "guarded")}
-    falling = [*GUARD, f"run_dir={folder / 'falling'}", "precision.fp8_guard.max_overflow=0.05"]
+    falling = [*GUARD, f"run_dir={folder / 'falling'}", "precision.fp8_guard.max_overflow=0.2"]
     jobs["falling_1"] = [*TP2, *falling, "train.exit_interval=8"]
     extra["falling_1"] = {"spoil": {"scale": SPOILED, "factor": 4.0, "step": 6}}
     jobs["falling_2"] = [*PP2, *falling]
@@ -111,7 +111,7 @@ def test_a_layer_with_a_stale_scale_falls_back_and_stays_so(results: dict[str, d
     assert json.loads(kept.read_text())["fp8"] == first["record"]
     assert results["falling_2"]["first_step"] == 8 and len(results["falling_2"]["steps"]) == 12
     found = scalars(run)
-    assert found[f"fp8/overflow/{SPOILED.replace('.input', '/input')}"][2][1] > 0.05
+    assert found[f"fp8/overflow/{SPOILED.replace('.input', '/input')}"][2][1] > 0.2
     assert [step for step, _ in found["fp8/loss_gap"]] == list(range(2, 21, 2))
     assert [value for _, value in found["fp8/bf16_layers"]] == [0, 0] + [1] * 8
     later = [tag for tag, values in found.items() if tag.startswith("fp8/amax/") and values[-1][0] == 20]

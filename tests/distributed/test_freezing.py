@@ -94,6 +94,7 @@ def one(train, pro: str, tied: list[str]) -> Trained:
         {
             "s_embedding": [ONLY_EMBEDDING, until(3)],
             "s_embedding/all": [until(6)],
+            "s_longer": [ONLY_EMBEDDING, until(4)],
             "s_embedding/output": [ONLY_OUTPUT, until(9)],
             "s_output": [ONLY_OUTPUT, until(3)],
             "s_pro": [pro, PRO, until(3)],
@@ -150,6 +151,11 @@ def test_every_layout_trains_the_same(one: Trained, two: Trained, name: str) -> 
     assert gap <= 5e-6
     for a, b in zip(single["steps"], layout["steps"], strict=True):
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-5)
+
+
+def test_weights_stay_as_they_are_where_what_trains_changes(one: Trained) -> None:
+    """The first loss of what follows is that of weights which nothing has touched."""
+    assert one[0]["s_embedding/all"]["steps"][0]["loss"] == one[0]["s_longer"]["steps"][3]["loss"]
 
 
 def test_without_the_sharded_optimizer_too(one: Trained, two: Trained) -> None:

@@ -88,7 +88,8 @@ def test_z_loss_is_the_same_in_every_layout_and_not_in_the_log(
     one: dict[str, dict], two: dict[str, dict]
 ) -> None:
     assert losses(one["z"])[0] == losses(one["plain"])[0]  # the log shows the cross entropy
-    assert one["z"]["steps"][0]["grad_norm"] > 1.01 * one["plain"]["steps"][0]["grad_norm"]
+    norms = [one[name]["steps"][0]["grad_norm"] for name in ("z", "plain")]
+    assert abs(norms[0] - norms[1]) > 1e-3 * norms[1]
     assert largest_gap(one["z"], one["plain"]) > 1e-3
     for name in ("z_tp", "z_pp"):
         assert largest_gap(one["z"], two[name]) <= 5e-6, name

@@ -14,7 +14,7 @@ import pytest
 
 from .conftest import Bench
 from .ranks import run_ranks
-from .test_layouts import NO_SAVE, PP2, SHORT, SP, TP2, VPP2
+from .test_layouts import CP2, NO_SAVE, PP2, SHORT, SP, TP2, VPP2
 
 pytestmark = pytest.mark.slow
 
@@ -39,6 +39,7 @@ RECOMPUTED = {
     "block_1": [FULL, BLOCK, EACH1],
 }
 FROZEN = ["optimizer.freeze=[embedding.*]"]
+DOCUMENTS = "data.reset_attention_mask=true"
 # 8 steps
 FEW = [*SHORT, "data.stages.0.tokens=768", "data.stages.1.tokens=256"]
 ORDER = 2e-6
@@ -58,9 +59,12 @@ def gap(one: list[str], other: list[str]) -> float:
 def recomputed(bench: Bench) -> dict[str, dict]:
     one = {"single.kept": KEPT, "frozen.kept": FROZEN, "frozen.uniform": [*FROZEN, FULL, UNIFORM]}
     one |= {f"single.{name}": overrides for name, overrides in RECOMPUTED.items()}
+    one["documents.kept"] = [DOCUMENTS]
+    one |= {f"documents.{name}": [DOCUMENTS, *RECOMPUTED[name]] for name in ("core_attn", "uniform")}
     two = {}
     for layout, where, names in (
         ("tp2_sp", [TP2, SP], ("core_attn", "all_modules", "uniform_2", "block_1")),
+        ("cp2", [CP2], ("core_attn", "uniform")),
         ("pp2_vpp2", [PP2, VPP2, "train.micro_batch_size=1"], ("core_attn", "mlp", "uniform", "block")),
     ):
         two[f"{layout}.kept"] = where
@@ -91,7 +95,7 @@ def test_recomputed_layers_give_the_losses_of_kept_ones(recomputed: dict[str, di
             ]
             assert norms[0] == norms[1], name
         compared += 1
-    assert compared == len(RECOMPUTED) + 1 + 8 + 1
+    assert compared == len(RECOMPUTED) + 3 + 10 + 1
 
 
 def test_layers_behind_a_frozen_embedding_train(recomputed: dict[str, dict]) -> None:
@@ -126,7 +130,8 @@ TOLERANCE = 1e-2
 """Of the loss (7.8 to 7.4) against the plain optimizer over 20 steps; measured at most 6.4e-3, fp16 master
 weights. Second moments in FP8, which are refused, were 35 away."""
 RESUMED_ELSEWHERE = 3e-3
-"""As layouts differ under bf16; the scales of FP8 moments are of other parts of a tensor there."""
+"""As layouts differ under bf16; the scales of FP8 moments are of other parts of a tensor there. Measured at most
+1.3e-3."""
 HALF = "train.exit_interval=10"
 
 
@@ -184,22 +189,20 @@ def test_saved_formats_go_on_to_the_bit(formats: dict[str, dict], name: str) -> 
 
 
 @pytest.mark.parametrize(
-    ("name", "beside", "tolerance"),
+    ("name", "beside"),
     [
-        ("least_to_tp2", "least", RESUMED_ELSEWHERE),
-        ("least_to_plain", "least", TOLERANCE),
-        ("plain_to_bf16", "plain", TOLERANCE),
-        ("plain_to_least", "plain", TOLERANCE),
+        ("least_to_tp2", "least"),
+        ("least_to_plain", "least"),
+        ("plain_to_bf16", "plain"),
+        ("plain_to_least", "plain"),
     ],
 )
-def test_another_layout_or_format_goes_on(
-    formats: dict[str, dict], name: str, beside: str, tolerance: float
-) -> None:
+def test_another_layout_or_format_goes_on(formats: dict[str, dict], name: str, beside: str) -> None:
     found = losses(formats[name])
     assert formats[name]["first_step"] == 10
     difference = gap(found, losses(formats[beside])[10:])
     print(f"{name}: largest loss difference {difference:.1e}")
-    assert difference <= tolerance
+    assert difference <= RESUMED_ELSEWHERE
     assert found != losses(formats[beside])[10:]
 
 

@@ -21,7 +21,8 @@ PACKAGE = "megatron_syne"
 
 # What of models is plain values: no torch, open to the login node.
 LIGHT_MODELS = tuple(
-    f"models.{name}" for name in ("config", "families", "family", "hf_config", "hf_rope", "json_file")
+    f"models.{name}"
+    for name in ("config", "families", "family", "hf_config", "hf_rope", "json_file", "parameter_names")
 )
 
 # Room or module -> what of ours it may import, beside itself and errors. The longest matching key counts.
@@ -29,14 +30,13 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "errors": (),
     "command_line": (),
     "config": (),
-    "fp8": ("config", "platform", "training.callback"),
+    "fp8": ("config", "platform", "models.gpt", "training.callback", "training.forward"),
     "fp8.choice": ("config",),
     "fp8.layers": (),
-    "fp8.linear": ("config",),
-    "platform": ("config", "fp8"),
+    "platform": ("config", "fp8", "parallel.context"),
     "parallel": ("config", "platform"),
     "parallel.topology": ("config",),
-    "models": ("config", "platform"),
+    "models": ("config", "platform", "parallel.context"),
     **{name: ("config", "models") for name in LIGHT_MODELS},
     "convert": ("config", "models", "parallel.topology"),
     "release": ("config", "models", "convert", "data.mixture"),
@@ -51,7 +51,23 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "curation.perplexity_parallel": ("config", "platform", "parallel", "models", "curation", "training"),
     "pictures": (),
     "inspection": ("config", *LIGHT_MODELS, "data", "preflight.manifests", "checkpoint.folder", "pictures"),
-    "preflight": ("config", *LIGHT_MODELS, "parallel.topology", "data.mixture"),
+    "preflight": (
+        "config",
+        *LIGHT_MODELS,
+        "parallel.topology",
+        "data.mixture",
+        "fp8.choice",
+        "evaluation.tasks",
+    ),
+    "evaluation": (
+        "command_line",
+        "config",
+        "convert",
+        "checkpoint.folder",
+        "resilience.signals",
+        "training.callback",
+    ),
+    "evaluation.tasks": ("config",),
     "training": ("config", "platform", "parallel", "models", "fp8.layers"),
     "checkpoint": (
         "config",
@@ -65,6 +81,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "monitor": ("config", "platform", "parallel", "training.callback", "training.state"),
     "resilience": ("config", "platform", "parallel", "training.callback", "training.state"),
     "curriculum": ("config", "data", "training.callback"),
+    "legs": ("config", "models", "data", "convert.weights", "training.state"),
     "assembly": ("",),
     "train": ("",),  # the assemblers
     "score": ("",),
@@ -78,6 +95,7 @@ MAY_ANNOTATE: dict[str, tuple[str, ...]] = {
     "resilience": ("training.trainer",),
     "curriculum": ("training.trainer",),
     "fp8": ("training.trainer",),
+    "evaluation": ("training.trainer",),
 }
 LAUNCH_MAY_IMPORT = (
     "command_line",
@@ -92,7 +110,9 @@ LAUNCH_MAY_IMPORT = (
 HEAVY: dict[str, tuple[str, ...]] = {
     "megatron": (
         "platform.cpu",
+        "platform.cpu_attention",
         "platform.cuda",
+        "platform.cuda_fp8",
         "parallel.setup",
         "models.gpt",
         "models.engine_options",
@@ -104,7 +124,7 @@ HEAVY: dict[str, tuple[str, ...]] = {
         "parity",
         "curation.perplexity_parallel",
     ),
-    "transformer_engine": ("platform.cuda",),
+    "transformer_engine": ("platform.cuda", "platform.cuda_fp8"),
     "apex": ("platform.cuda",),
     "safetensors": ("parity",),  # elsewhere convert/formats/safetensors.py reads and writes the format
     "tokenizers": ("data.tokenizers", "convert.surgery"),
@@ -115,7 +135,8 @@ HEAVY: dict[str, tuple[str, ...]] = {
     "sklearn": ("curation",),
     "matplotlib": ("pictures",),
     "tensorboard": ("monitor",),
-    "transformers": ("parity", "curation.encoder", "curation.perplexity_hf"),
+    "lm_eval": ("evaluation.harness",),
+    "transformers": ("evaluation.harness", "parity", "curation.encoder", "curation.perplexity_hf"),
     "huggingface_hub": ("convert.hub",),
     "nvidia": ("data.dali",),
 }

@@ -35,10 +35,13 @@ def with_the_past(
         requests[number] = now
         if name == trained[-1]:
             if now.tokens < min(done, was.tokens):
-                key = "train.train_iters" if config.data.mock else f"data.stages.{own}.tokens"
+                iterations = sum(segment.iterations for segment in past if segment.stage == name)
+                key, end = f"data.stages.{own}.tokens", f"tokens: {done}"
+                if config.data.mock:
+                    key, end = "train.train_iters", f"train_iters: {iterations}"
                 refused.append(
                     f"{key}: stage {name} has trained {done} tokens, more than the {now.tokens} now given; it "
-                    f"cannot run backwards; with tokens: {done} it ends here"
+                    f"cannot run backwards; with {end} it ends here"
                 )
             now = now._replace(tokens=was.tokens)  # it may end here
         refused += [f"data.stages.{own} is over: {text}" for text in stage_differences(was, now)]

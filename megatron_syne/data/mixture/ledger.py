@@ -14,6 +14,8 @@ from megatron_syne.data.mixture.plan import MixturePlan
 from megatron_syne.errors import ConfigError, DataError
 
 VERSION = 1
+"""Accounts from before stages had batches of their own are of this version too: what their plan lacks has one
+meaning (``plan_json``)."""
 OPTIONS = ("order", "order_by", "first_tokens", "top_fraction", "top_by", "top_is")
 """Of a source: what decides which of its documents are read, and in which order."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from megatron_syne.config.schema import Fp8GuardConfig, PrecisionConfig, RunConf
 from megatron_syne.fp8 import guard as guard_module
 from megatron_syne.fp8.guard import Fp8Guard, as_metrics, beyond_limits, loss_gap
 from megatron_syne.fp8.statistics import all_names, layer_number, over_all_ranks, shares
+from megatron_syne.monitor.console import ConsoleProgress
 
 FINE = {"amax": 1.0, "overflow": 0, "underflow": 0, "values": 100}
 LINEARS = ("self_attention.linear_qkv", "mlp.linear_fc1")
@@ -254,3 +256,22 @@ def test_shares_and_names() -> None:
     options = Scene(max_overflow=0.5, max_underflow=0.0).config.precision.fp8_guard
     assert list(beyond_limits(whole, options)) == [10]
     assert guard_module._ranges([7, 0, 1, 3, 2]) == "0-3, 7"
+
+
+def test_the_console_tells_a_look_in_one_line() -> None:
+    made, stream = scene(), io.StringIO()
+    plan = SimpleNamespace(segment_at=lambda sample: SimpleNamespace(stage="one"))
+    made.trainer.train_data, made.trainer.train_iters = SimpleNamespace(plan=plan), 100
+    made.trainer.state.consumed_samples = 8
+    made.trainer.fp8.bad = {made.trainer.fp8.names[0]: {"input": FINE | {"overflow": 5}}}
+    console = ConsoleProgress(stream, every_seconds=1e9)
+    console.last_shown = 1e18  # no progress line is due
+    common = {"learning_rate": 0.0, "grad_norm": 0.0, "tokens_per_second": 0.0, "data_share": 0.0}
+    for _ in range(4):
+        made.losses = (2.02, 2.0)
+        console.on_step_end(made.trainer, common | made.step())
+    looks = [line for line in stream.getvalue().splitlines() if "FP8" in line]
+    assert looks == [
+        f"step {step}: FP8 loss gap to bf16 1.00e-02, overflow 0.05, underflow 0; 0 layers in bf16"
+        for step in (2, 4)
+    ]

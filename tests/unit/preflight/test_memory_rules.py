@@ -245,7 +245,7 @@ for number, product in enumerate(PRODUCTS):
         accepted[number] += 1
         try:
             engine_config(config, model, platform)
-            engine_optimizer_config(config)
+            engine_optimizer_config(config, fp8=config.precision.fp8 is not None)
             engine_ddp_config(config)
         except Exception as error:
             raised.append(f"{chosen}: {type(error).__name__}: {error}")
@@ -268,3 +268,18 @@ def test_what_the_rules_accept_the_engine_takes(tmp_path: Path) -> None:
     assert result["raised"] == result["unnamed"] == []
     assert min(result["accepted"]) >= 2
     print(result["accepted"])
+
+
+def test_changed_formats_are_told(tmp_path: Path) -> None:
+    from dataclasses import asdict
+
+    from megatron_syne.training.optimizer import changed_formats
+
+    (tmp_path / "run.yaml").write_text(RUN)
+    plain, bf16 = (
+        load_config(str(tmp_path / "run.yaml"), overrides)
+        for overrides in ([], [AWARE, "optimizer.exp_avg_dtype=bf16"])
+    )
+    assert changed_formats(None, plain) == changed_formats(asdict(bf16.optimizer), bf16) == []
+    assert changed_formats(None, bf16) == ["optimizer.exp_avg_dtype: fp32 -> bf16, rounded to it"]
+    assert changed_formats(asdict(bf16.optimizer), plain) == ["optimizer.exp_avg_dtype: bf16 -> fp32"]
