@@ -6,7 +6,7 @@
 #
 # PYTHON   Python 3.11 or 3.12 that makes the environment (looked for under its usual names)
 # VENV     where the environment goes
-# EXTRAS   optional parts to install, of setup.py (dev); dev,dali adds NVIDIA DALI, 600 MB on disk
+# EXTRAS   optional parts to install, of setup.py (dev); dev,dali,eval adds NVIDIA DALI (600 MB on disk) and the harness
 # JOBS     test files that run at the same time (2); a layout test starts up to 5 processes of its own
 # PYTEST_ARGS, DEMO_ARGS   further arguments, for example: make test PYTEST_ARGS='tests/unit -x'
 #

@@ -75,6 +75,10 @@ def each_leg(config: RunConfig, model: ModelConfig, platform: Platform, info: Ra
 def release(trainer: Trainer) -> None:
     """Let go of a trainer's model, optimizer and data, whoever still holds the trainer."""
     trainer.train_data.close()
+    for part in getattr(trainer.optimizer, "chained_optimizers", ()):
+        # with fp32 weights its shards are views of them, whose autograd nodes hold DDP's hooks: a ring through C++,
+        # which no garbage collection sees
+        vars(part).clear()
     trainer.chunks.clear()
     trainer.optimizer = trainer.fp8 = trainer.fp8_record = None
     trainer.callbacks = ()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import gc
 import os
 import socket
 
@@ -82,11 +83,19 @@ def start_model_parallel(parallel: ParallelConfig, seed: int) -> None:
 
 
 def stop_model_parallel() -> None:
-    """Forget the layout; the processes can then build another one."""
+    """Take down the layout's groups; the processes can then build another one. All ranks must call.
+
+    megatron-core only forgets its groups: each gloo one would keep its threads, dozens for every layout.
+    """
     from megatron.core import parallel_state
     from megatron.core.rerun_state_machine import destroy_rerun_state_machine
 
+    groups = [group for group in parallel_state._global_process_group_list or [] if group is not None]
+    dist.barrier()  # a peer may still be in one
     parallel_state.destroy_model_parallel()
+    while groups:
+        dist.destroy_process_group(groups.pop())
+    gc.collect()  # a model that was let go of points at itself, and at its groups
     parallel_state.destroy_global_memory_buffer()
     destroy_rerun_state_machine()
 

@@ -22,7 +22,7 @@ def main() -> None:
     platform = select("cpu")
     import torch
 
-    from megatron_syne.assembly import each_leg, open_inputs
+    from megatron_syne.assembly import each_leg, open_inputs, release
     from megatron_syne.checkpoint.callback import CheckpointCallback
     from megatron_syne.config.loader import load_config
     from megatron_syne.models.config import resolve_model
@@ -71,7 +71,7 @@ def main() -> None:
             leg |= {"losses": record.losses, "rates": record.rates, "after": fingerprints(trainer)}
             leg["validation_after"] = trainer.evaluate()
             legs.append(leg)
-        trainer.train_data.close()
+        release(trainer)
         results[job["name"]] = legs
         stop_model_parallel()
     stop_distributed()

@@ -24,7 +24,7 @@ def main() -> None:
     from megatron_syne.platform.base import select
 
     platform = select("cpu")
-    from megatron_syne.assembly import build_trainer
+    from megatron_syne.assembly import build_trainer, release
     from megatron_syne.checkpoint.callback import CheckpointCallback
     from megatron_syne.config.loader import load_config
     from megatron_syne.errors import DataError
@@ -95,7 +95,6 @@ def main() -> None:
         expected = (Abandoned, DataError) if "engine" in job else (Abandoned,)
         with contextlib.suppress(*expected):
             trainer.fit()
-        trainer.train_data.close()
         results[job["name"]] = {
             "first_step": first,
             "steps": record.rows,
@@ -103,6 +102,7 @@ def main() -> None:
             "plan": trainer.train_data.plan.to_dict(),
             "changes": trainer.train_data.changes,
         }
+        release(trainer)
         stop_model_parallel()
     stop_distributed()
     if info.rank == 0:
