@@ -304,6 +304,15 @@ def test_validation_is_one_pass_over_every_token(tmp_path: Path) -> None:
     assert len(validation_datasets(config, 10**6)["v"]) == 9
 
 
+def test_an_empty_validation_set_is_refused_by_its_name(tmp_path: Path) -> None:
+    config, prefix = configuration(tmp_path), tmp_path / "none"
+    with pytest.raises(DataError):
+        write_source(prefix, [])  # its files are there, with nothing in them
+    config.data.validation = {"held_out": SourceConfig(path=str(prefix))}
+    with pytest.raises(DataError, match=r"data\.validation\.held_out: .*none\.bin: holds no token"):
+        validation_datasets(config, 2560)
+
+
 def test_mock_samples_are_a_function_of_seed_and_index() -> None:
     one, two, other = (MockDataset(100, SEQ, 50, seed) for seed in (1, 1, 2))
     assert np.array_equal(one[7].tokens, two[7].tokens) and not np.array_equal(one[7].tokens, other[7].tokens)
