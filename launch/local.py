@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -26,7 +27,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))  # works in a checkout, installed or not
 
 from megatron_syne.config.loader import load_config  # noqa: E402
-from megatron_syne.errors import EXIT_CONFIG, EXIT_INTERNAL, EXIT_REQUEUE, run_cli  # noqa: E402
+from megatron_syne.errors import EXIT_CONFIG, EXIT_INTERNAL, EXIT_REQUEUE, IOFault, run_cli  # noqa: E402
 from megatron_syne.parallel.topology import world_size_of  # noqa: E402
 
 GRACE_SECONDS = 20.0
@@ -55,10 +56,15 @@ def rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
 
 
 def free_port() -> int:
-    """A port that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A port that nobody listens on now, and that no outgoing connection is given before the ranks bind it.
+
+    The kernel gives those ports from 32768 on (Linux's default): these are below.
+    """
+    for port in random.SystemRandom().sample(range(10_000, 32_768), 100):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise IOFault("no free port found below 32768 on the loopback interface: something holds them all")
 
 
 def run_ranks(command: Sequence[str], world_size: int, grace_seconds: float = GRACE_SECONDS) -> int:

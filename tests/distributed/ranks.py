@@ -5,21 +5,15 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
+from launch.local import free_port
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 _LOGS = tempfile.TemporaryDirectory(prefix="ranks")  # removed when the tests end
-
-
-def free_port() -> int:
-    """A TCP port that is free now on the loopback interface."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def start_ranks(
