@@ -65,7 +65,7 @@ class Bench:
             for name, overrides in jobs.items()
         ]
         (where / "jobs.json").write_text(json.dumps(listed))
-        run_ranks(world_size, ["-m", "distributed.worker", str(where / "jobs.json")], timeout=600)
+        run_ranks(world_size, ["-m", "distributed.worker", str(where / "jobs.json")], timeout=1800)
         return json.loads((where / "results.json").read_text())
 
 

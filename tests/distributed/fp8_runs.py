@@ -24,5 +24,5 @@ def train_fp8(
         for name, overrides in jobs.items()
     ]
     (where / "jobs.json").write_text(json.dumps(listed))
-    run_ranks(world_size, ["-m", "distributed.fp8_worker", str(where / "jobs.json")], timeout=900)
+    run_ranks(world_size, ["-m", "distributed.fp8_worker", str(where / "jobs.json")], timeout=1800)
     return json.loads((where / "results.json").read_text())

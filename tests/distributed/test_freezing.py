@@ -64,7 +64,7 @@ def train(bench: Bench, folder: Path) -> Callable[[int, dict[str, list[str]]], T
             for name, overrides in jobs.items()
         ]
         (where / "jobs.json").write_text(json.dumps(listed))
-        run_ranks(world_size, ["-m", "distributed.trainable_worker", str(where / "jobs.json")], timeout=600)
+        run_ranks(world_size, ["-m", "distributed.trainable_worker", str(where / "jobs.json")], timeout=1800)
         return tuple(json.loads((where / f"{kind}.json").read_text()) for kind in ("results", "facts"))
 
     return _train

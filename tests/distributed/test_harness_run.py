@@ -96,7 +96,7 @@ def run(bench: Bench, tasks: Path, tmp_path_factory: pytest.TempPathFactory) -> 
         ],
         env={"HF_HOME": str(folder / "hf_home")},
     )  # fmt: skip
-    codes = wait_ranks(ranks, timeout=560)
+    codes = wait_ranks(ranks, timeout=1500)
     assert codes == [0, 0], logs_of(ranks[0])[-3000:]
     assert "failed" not in logs_of(ranks[0]), logs_of(ranks[0])[-3000:]
     return folder / "run"
@@ -232,7 +232,7 @@ def test_what_it_says_when_it_cannot(tasks: Path, tmp_path: Path) -> None:
         env={**os.environ, "HF_HOME": str(tmp_path / "hf_home")},
         capture_output=True,
         text=True,
-        timeout=500,
+        timeout=1500,
     )
     parts, said = done.stderr.split("=exit= "), []
     for before, after in pairwise(parts):

@@ -117,7 +117,7 @@ def train(world_size: int, names: list[str], folder: Path) -> dict[str, list[dic
     where = folder / f"world_{world_size}"
     where.mkdir()
     (where / "jobs.json").write_text(json.dumps([job(name, folder) for name in names]))
-    run_ranks(world_size, ["-m", "distributed.recipes_worker", str(where / "jobs.json")], timeout=900)
+    run_ranks(world_size, ["-m", "distributed.recipes_worker", str(where / "jobs.json")], timeout=1800)
     return json.loads((where / "results.json").read_text())
 
 

@@ -57,7 +57,7 @@ def test_stories260k_comes_back_to_the_bit(shared_data: Path, tmp_path: Path, ro
     run_ranks(
         world_size,
         ["-m", "megatron_syne.train", "--config", str(tmp_path / "run.yaml"), *layout],
-        timeout=180,
+        timeout=600,
     )
     checkpoint = tmp_path / "run" / "checkpoints" / "iter_0000002"
     out = tmp_path / "exported"

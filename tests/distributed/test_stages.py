@@ -97,7 +97,7 @@ def runs(bench: Bench, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, 
     branch("nowhere", "nothing", 2, *plain, stages({"name": "c", **PLAIN}))
     job("nan", "nan", nan_at=2)
     (root / "jobs.json").write_text(json.dumps(jobs))
-    run_ranks(2, ["-m", "distributed.stages_worker", str(root / "jobs.json")], timeout=600)
+    run_ranks(2, ["-m", "distributed.stages_worker", str(root / "jobs.json")], timeout=1800)
     return root, json.loads((root / "results.json").read_text())
 
 

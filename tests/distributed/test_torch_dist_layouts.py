@@ -41,7 +41,7 @@ train: {{micro_batch_size: 1, global_batch_size: 4, train_iters: 1}}
 def run_jobs(folder: Path, jobs: list[dict[str, Any]]) -> None:
     """Run all jobs in one world; every parameter of every rank must have been compared and found equal."""
     (folder / "jobs.json").write_text(json.dumps(jobs))
-    run_ranks(WORLD, ["-m", "distributed.torch_dist_worker", str(folder / "jobs.json")], timeout=600)
+    run_ranks(WORLD, ["-m", "distributed.torch_dist_worker", str(folder / "jobs.json")], timeout=1800)
     for rank in range(WORLD):
         found = json.loads((folder / f"found_{rank}.json").read_text())
         assert set(found) == {job["name"] for job in jobs}

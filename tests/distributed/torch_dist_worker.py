@@ -99,12 +99,13 @@ def save(path, chunks, optimizer):
     import torch.distributed as dist
     from megatron.core import dist_checkpointing
 
-    from megatron_syne.checkpoint.manager import sharded_state
+    from megatron_syne.checkpoint.manager import model_state, sharded_state
 
     if dist.get_rank() == 0:
         path.mkdir(parents=True)
     dist.barrier()
-    dist_checkpointing.save(sharded_state(chunks, optimizer), str(path))
+    state = model_state(chunks) if optimizer is None else sharded_state(chunks, optimizer)
+    dist_checkpointing.save(state, str(path))
 
 
 def save_pt(path, chunks):
