@@ -124,7 +124,9 @@ def _why_not_loaded(task: str, error: Exception) -> Exception:
             "data_files of the task name local files"
         )
     if isinstance(error, FileNotFoundError):
-        return MissingInput(f"task {task}: {words}; data_files are taken from the current folder")
+        return MissingInput(
+            f"task {task}: {words}; data_files are local files, from the current folder: an evaluation uses no network"
+        )
     return DataError(f"task {task}: the harness cannot load it: {words}")
 
 

@@ -115,7 +115,7 @@ BROKEN: dict[str, tuple[list[str], list[str]]] = {
         ["data.stages.0.global_batch_size = 0", "at least 1"],
     ),
     "ramp of two numbers": (["train.rampup_batch_size=[2, 2]"], ["train.rampup_batch_size = [2, 2]", "three numbers"]),
-    "ramp downwards": (["train.rampup_batch_size=[16, 2, 64]"], ["starts above the global batch of 8"]),
+    "ramp downwards": (["train.rampup_batch_size=[16, 2, 64]"], ["does not start below the global batch of 8"]),
     "ramp that misses its batch": (
         ["data.stages.1.rampup_batch_size=[2, 4, 64]"],
         ["data.stages.1.rampup_batch_size = [2, 4, 64]", "from 2 to the global batch of 8", "legal increment: 3 or 6"],
