@@ -40,3 +40,10 @@ def each_job() -> Iterator[tuple[dict[str, Any], Any, Any, Any]]:
         yield job, config, model, platform
         stop_model_parallel()
     stop_distributed()
+
+
+def leave_results(jobs_file: Path, results: Any) -> None:
+    """Write ``results.json`` beside the jobs, whole or not at all."""
+    target = jobs_file.with_name("results.json")
+    target.with_suffix(".tmp").write_text(json.dumps(results))
+    target.with_suffix(".tmp").replace(target)

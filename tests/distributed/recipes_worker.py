@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import sys
 from pathlib import Path
+
+from distributed.jobs import leave_results
 
 
 def main() -> None:
@@ -76,9 +77,7 @@ def main() -> None:
         stop_model_parallel()
     stop_distributed()
     if info.rank == 0:
-        target = jobs_file.with_name("results.json")
-        target.with_suffix(".tmp").write_text(json.dumps(results))
-        os.replace(target.with_suffix(".tmp"), target)
+        leave_results(jobs_file, results)
 
 
 if __name__ == "__main__":  # checkpoint saving starts helper processes that import this file again
