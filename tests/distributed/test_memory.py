@@ -140,8 +140,9 @@ def formats(bench: Bench, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     """Two replicas, so that the state is sharded."""
     folder = tmp_path_factory.mktemp("formats")
     jobs = {"plain": [BF16], "aware": AWARE, **FORMATS}
-    jobs |= {"overlap": [*LEAST, "parallel.overlap_grad_reduce=true", "parallel.overlap_param_gather=true",
-                         "parallel.ddp_bucket_size=20000"]}  # fmt: skip
+    overlap = ["parallel.overlap_grad_reduce=true", "parallel.overlap_param_gather=true"]
+    overlap += ["parallel.ddp_bucket_size=20000"]
+    jobs |= {"aware.overlap": [*AWARE, *overlap], "least.overlap": [*LEAST, *overlap]}
     options = dict.fromkeys(jobs, NO_SAVE)
     stopped = {"plain": [BF16], "bf16": FORMATS["bf16"], "least": LEAST}
     for name, overrides in stopped.items():
@@ -177,8 +178,14 @@ def test_formats_train_beside_the_plain_optimizer(formats: dict[str, dict], name
 
 
 def test_overlapped_in_small_buckets_it_is_the_same(formats: dict[str, dict]) -> None:
-    """But for the scales: a tensor may be cut elsewhere."""
-    assert gap(losses(formats["overlap"]), losses(formats["least"])) <= RESUMED_ELSEWHERE
+    assert gap(losses(formats["aware.overlap"]), losses(formats["aware"])) <= RESUMED_ELSEWHERE
+
+
+def test_overlapped_in_small_buckets_formats_train_alike(formats: dict[str, dict]) -> None:
+    """Buckets cut tensors elsewhere, and each part has a scale of its own: other rounding from the first step."""
+    difference = gap(losses(formats["least.overlap"]), losses(formats["plain"]))
+    print(f"least, in small buckets: largest loss difference {difference:.1e}")
+    assert difference <= TOLERANCE
 
 
 @pytest.mark.parametrize("name", ["plain", "bf16", "least"])
