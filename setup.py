@@ -34,6 +34,7 @@ REQUIRES = [
     "numpy>=1.26",
     "orjson>=3.10",
     "packaging>=24",
+    "plotly>=6",
     "psutil>=6",
     "PyYAML>=6",
     "safetensors>=0.5",
@@ -60,6 +61,7 @@ EXTRAS = {
     "data": DATA,
     # Evaluation during training: the harness, and what its transformers model imports.
     "eval": [*HUGGING_FACE, "lm_eval>=0.4.11,<0.5", "accelerate>=1"],
+    "wandb": ["wandb>=0.19"],
     "dali": ["nvidia-dali-cuda130>=2.0; sys_platform == 'linux'"],
     "dev": [
         *DATA,

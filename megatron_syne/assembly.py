@@ -5,14 +5,12 @@ from __future__ import annotations
 import gc
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_syne.checkpoint.folder import checkpoint_folders, is_checkpoint, read_manifest, read_run
 from megatron_syne.config.learning_rate import LearningRate
-from megatron_syne.config.loader import to_yaml
-from megatron_syne.config.schema import LaunchConfig, ModelConfig, RunConfig
+from megatron_syne.config.schema import ModelConfig, RunConfig
 from megatron_syne.data.mixture.planning import MixturePlan, branch_plan, plan_mixture, resume_plan
 from megatron_syne.evaluation.tasks import require_harness
 from megatron_syne.legs import are_given, check_branch, fit_source, leg_at, model_changes, overrides
@@ -35,8 +33,10 @@ def open_inputs(config: RunConfig, model: ModelConfig) -> None:
     """
     from megatron_syne.convert.weights import open_source
     from megatron_syne.data.build import index_cache, training_dataset, validation_datasets
+    from megatron_syne.monitor.wandb import require_wandb
 
     require_harness(config)
+    require_wandb(config)
     if checkpoint_folders(Path(config.run_dir) / "checkpoints"):
         return
     vocab_size = model.vocab_size or 0
@@ -104,6 +104,7 @@ def build_trainer(config: RunConfig, model: ModelConfig, platform: Platform, inf
     from megatron_syne.fp8.attach import attach_fp8
     from megatron_syne.fp8.guard import Fp8Guard
     from megatron_syne.models.gpt import build_model
+    from megatron_syne.monitor.speed import Speed
     from megatron_syne.training.optimizer import build_optimizer, changed_formats, connect, wrap_ddp
     from megatron_syne.training.param_groups import set_trainable
     from megatron_syne.training.trainer import Trainer
@@ -165,8 +166,9 @@ def build_trainer(config: RunConfig, model: ModelConfig, platform: Platform, inf
     trainer.callbacks = [
         Reweighting(config),
         *([guard] if guard is not None else []),
+        Speed(leg.config, leg.model, platform.device_name, info.world_size),
         CheckpointCallback(saver, (state.step, state.evaluated_step) if newest is not None else None),
-        *(watchers(leg.config, leg.model, run_dir, platform) if info.rank == 0 else []),
+        *(watchers(leg.config, leg.model, run_dir, platform, info.world_size) if info.rank == 0 else []),
     ]
     return trainer
 
@@ -245,10 +247,14 @@ def initialize(config: RunConfig, model: ModelConfig, chunks: list[Any]) -> str:
     return words
 
 
-def watchers(config: RunConfig, model: ModelConfig, run_dir: Path, platform: Platform) -> list[Callback]:
-    """Console, tensorboard, metrics.jsonl and the evaluation beside the training, on rank 0."""
+def watchers(
+    config: RunConfig, model: ModelConfig, run_dir: Path, platform: Platform, world_size: int
+) -> list[Callback]:
+    """Console, tensorboard, metrics.jsonl, Weights & Biases and the evaluation beside the training, on rank 0."""
     from megatron_syne.monitor.console import ConsoleProgress
-    from megatron_syne.monitor.events import MetricsLog, TensorboardEvents
+    from megatron_syne.monitor.description import hyper_parameters, page
+    from megatron_syne.monitor.events import TensorboardEvents
+    from megatron_syne.monitor.metrics_log import MetricsLog
 
     result: list[Callback] = []
     if config.harness.tasks:
@@ -256,11 +262,14 @@ def watchers(config: RunConfig, model: ModelConfig, run_dir: Path, platform: Pla
 
         result.append(HarnessEvaluation(config))  # first: its last results come as training ends
     result.append(MetricsLog(run_dir / "metrics.jsonl"))
+    options = hyper_parameters(config, model, world_size)
     if config.monitor.tensorboard:
-        # without the launch section: its environment may hold keys that are nobody else's business
-        shown = to_yaml(replace(config, model=model, launch=LaunchConfig()))
-        text = f"{platform.describe()}\n\n{shown}"
-        result.append(TensorboardEvents(run_dir / "tensorboard", text))
+        text = page(config, model, platform.describe(), world_size)
+        result.append(TensorboardEvents(run_dir / "tensorboard", text, options, model.num_layers or 0))
+    if config.monitor.wandb_project is not None:
+        from megatron_syne.monitor.wandb import WandbRun
+
+        result.append(WandbRun(config, run_dir, options))
     if config.monitor.progress:
         result.append(ConsoleProgress())
     return result

@@ -491,6 +491,17 @@ class MonitorConfig:
     """Write tensorboard events to ``<run_dir>/tensorboard``."""
     progress: bool = True
     """Show a progress line on the console of rank 0."""
+    norms_interval: int | None = 10
+    """Log the norm of the parameters (before the update) and the gradient norm of each layer every so many iterations,
+    whatever ``log_interval``; null = never."""
+    loss_per_source: bool = True
+    """Log the training loss of each source beside the whole."""
+    wandb_project: str | None = None
+    """Also log to this Weights & Biases project (needs the package; ``WANDB_MODE=offline`` keeps it on disk)."""
+    wandb_name: str | None = None
+    """Name of the run there; not given = the name of the run folder."""
+    peak_flops: float | None = None
+    """FLOP/s of one GPU that MFU is of; not given = the data sheet's of a GPU that the planner knows, else no MFU."""
 
 
 @dataclass

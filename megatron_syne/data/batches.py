@@ -21,7 +21,8 @@ from megatron_syne.errors import ConfigError
 Arrays = dict[str, NDArray[Any]]
 """``tokens``, ``labels``, ``position_ids`` (int64), ``loss_mask`` (float32), with ``reset_attention_mask`` also
 ``document_ids`` (int32): each [micro batch, seq]; where noise is drawn by it ``sample_ids`` (int64, [micro batch]),
-the samples' indices in the run."""
+the samples' indices in the run; where losses are told apart by it ``source_ids`` (int64, [micro batch]), each sample's
+source as its place among the plan's."""
 
 
 @dataclass(frozen=True)
@@ -34,11 +35,15 @@ class BatchForm:
     eod_mask_loss: bool = False
     sample_ids: bool = False
     """Adds ``sample_ids``."""
+    source_ids: bool = False
+    """Adds ``source_ids``; the batches must be a plan's."""
 
     @classmethod
-    def of(cls, data: DataConfig, sample_ids: bool = False) -> BatchForm:
-        """Of a configuration; ``sample_ids`` where the training draws noise by them."""
-        return cls(data.reset_attention_mask, data.reset_position_ids, data.eod_mask_loss, sample_ids)
+    def of(cls, data: DataConfig, sample_ids: bool = False, source_ids: bool = False) -> BatchForm:
+        """Of a configuration; ``sample_ids`` where the training draws noise by them, ``source_ids`` where it logs
+        the loss of each source."""
+        resets = (data.reset_attention_mask, data.reset_position_ids)
+        return cls(*resets, data.eod_mask_loss, sample_ids, source_ids)
 
 
 class BatchBuilder:
@@ -108,6 +113,9 @@ class BatchBuilder:
             batch["document_ids"] = np.zeros((micro, length), dtype=np.int32)
         if self.form.sample_ids:
             batch["sample_ids"] = np.arange(first, first + micro)
+        if self.form.source_ids:
+            assert self._plan is not None
+            batch["source_ids"] = np.array([self._plan.source_at(min(index, self.last)) for index in indices])
         for row, (index, sample) in enumerate(zip(indices, samples, strict=True)):
             if index <= self.last:
                 batch["loss_mask"][row, : sample.length] = 1.0

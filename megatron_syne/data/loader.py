@@ -23,7 +23,8 @@ from megatron_syne.data.mixture.planning import MixturePlan
 
 Batch = dict[str, torch.Tensor]
 """``tokens``, ``labels``, ``position_ids`` (int64) and ``loss_mask`` (float32), each [micro batch, seq]; with
-``data.reset_attention_mask`` also ``document_ids`` (int32), with NEFTune's noise ``sample_ids`` ([micro batch])."""
+``data.reset_attention_mask`` also ``document_ids`` (int32), with NEFTune's noise ``sample_ids``, with a loss per source
+``source_ids`` ([micro batch])."""
 
 CPU = torch.device("cpu")
 _Item = tuple[int, list[Batch] | BaseException]  # first sample, and the batch or what went wrong
@@ -276,7 +277,11 @@ def build_training_data(
         config.train.global_batch_size,
         data_parallel_rank,
         data_parallel_size,
-        form=BatchForm.of(config.data, sample_ids=config.train.neftune_noise_alpha > 0),
+        form=BatchForm.of(
+            config.data,
+            sample_ids=config.train.neftune_noise_alpha > 0,
+            source_ids=config.monitor.loss_per_source,
+        ),
         reads=reads,
         pin_memory=pin_memory,
         backend=config.data.loader,

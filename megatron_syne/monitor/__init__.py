@@ -1,1 +1,1 @@
-"""Watching a run: ``console`` (progress line), ``events`` (tensorboard and metrics.jsonl)."""
+"""Watching a run: ``console``, ``events`` (tensorboard), ``metrics_log`` (metrics.jsonl), ``wandb``, ``speed``."""

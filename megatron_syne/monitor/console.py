@@ -9,6 +9,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
+from megatron_syne.monitor.step import perplexity, stage_of
+from megatron_syne.monitor.time_left import TimeLeft, due_between
 from megatron_syne.training.callback import Callback
 
 if TYPE_CHECKING:
@@ -22,15 +24,21 @@ class ConsoleProgress(Callback):
         self.stream = stream or sys.stderr
         self.every_seconds = every_seconds
         self.last_shown = 0.0
-        self.started = 0.0
-        self.first_step = 0
+        self.time_left = TimeLeft()
+        self.first_step = self.first_sample = 0
 
     def on_train_start(self, trainer: Trainer) -> None:
         """Say where the run begins."""
-        self.started, self.first_step = time.monotonic(), trainer.state.step
+        self.first_step = trainer.state.step
         self._line(
             f"training: steps {trainer.state.step} -> {trainer.train_iters}, {trainer.platform.describe()}"
         )
+        self.time_left.begin()
+
+    def on_step_start(self, trainer: Trainer) -> None:
+        """The step's time counts from here."""
+        self.first_sample = trainer.state.consumed_samples
+        self.time_left.begin()
 
     def on_step_end(self, trainer: Trainer, metrics: dict[str, float]) -> None:
         """Redraw; a look at FP8 leaves a line of its own."""
@@ -40,16 +48,17 @@ class ConsoleProgress(Callback):
         now = time.monotonic()
         terminal = self.stream.isatty()
         due = 0.2 if terminal else self.every_seconds
+        self.time_left.step(self.first_sample)
         if now - self.last_shown < due and step != last and step != self.first_step + 1:
             return
         self.last_shown = now
-        left = (now - self.started) / max(step - self.first_step, 1) * (last - step)
         done = math.floor(24 * step / last)
+        mfu = f"  MFU {100 * metrics['mfu']:.1f} %" if "mfu" in metrics else ""
         text = (
             f"[{'=' * done}{' ' * (24 - done)}] {step}/{last}  loss {metrics['loss']:.4f}  "
             f"lr {metrics['learning_rate']:.2e}  grad {metrics['grad_norm']:.2f}  "
-            f"{metrics['tokens_per_second']:,.0f} tok/s  data {metrics['data_share']:.2f} %  "
-            f"{_stage(trainer)}  left {_clock(left)}"
+            f"{metrics['tokens_per_second']:,.0f} tok/s{mfu}  data {metrics['data_share']:.2f} %  "
+            f"{stage_of(trainer)}  left {_clock(self.seconds_left(trainer))}"
         )
         if terminal:
             self.stream.write(f"\r\x1b[K{text}" + ("\n" if step == last else ""))
@@ -59,12 +68,30 @@ class ConsoleProgress(Callback):
 
     def on_evaluation(self, trainer: Trainer, losses: dict[str, float]) -> None:
         """Perplexity of each validation source."""
-        figures = "  ".join(f"{name} {math.exp(min(loss, 50.0)):.2f}" for name, loss in losses.items())
+        self.time_left.other("evaluation")
+        figures = "  ".join(f"{name} {perplexity(loss):.2f}" for name, loss in losses.items())
         self._line(f"step {trainer.state.step}: validation perplexity  {figures}")
 
     def on_checkpoint_saved(self, trainer: Trainer, path: Path) -> None:
         """Name the checkpoint."""
+        self.time_left.other("checkpoint")
         self._line(f"step {trainer.state.step}: saved {path}")
+
+    def seconds_left(self, trainer: Trainer) -> float:
+        """Of the rest of the run, its evaluations and checkpoints included."""
+        step, last, config = trainer.state.step, trainer.train_iters, trainer.config
+        interval = config.train.eval_interval if trainer.validation_data else None
+        others = {
+            "evaluation": due_between(interval, step, last, at_end=interval is not None),
+            "checkpoint": due_between(config.checkpoint.save_interval, step, last, at_end=True),
+        }
+        plan = trainer.train_data.plan
+
+        def tokens_before(sample: int) -> int:
+            return sum(plan.consumed(sample).values())
+
+        consumed = trainer.state.consumed_samples
+        return self.time_left.seconds(tokens_before, consumed, plan.num_tokens, others)
 
     def _line(self, text: str) -> None:
         lead = "\r\x1b[K" if self.stream.isatty() else ""
@@ -81,11 +108,6 @@ def _fp8(metrics: dict[str, float]) -> str:
     ]
     figures = [f"FP8 loss gap to bf16 {metrics['fp8/loss_gap']:.2e}", *lost]
     return ", ".join(figures) + f"; {int(metrics['fp8/bf16_layers'])} layers in bf16"
-
-
-def _stage(trainer: Trainer) -> str:
-    """Name of the stage that the step's samples were of."""
-    return str(trainer.train_data.plan.segment_at(trainer.state.consumed_samples - 1).stage)
 
 
 def _clock(seconds: float) -> str:

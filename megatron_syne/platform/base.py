@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -55,6 +56,19 @@ class Platform(ABC):
 
         ``document_ids`` [micro batch, seq], rising from document to document; both are causal.
         """
+
+    @property
+    def device_name(self) -> str | None:
+        """What torch calls this rank's GPU, as ``NVIDIA H100 80GB HBM3``; None on a CPU."""
+        return None
+
+    def mark(self) -> Any:
+        """A point in this rank's work, for :meth:`seconds_between`; nothing waits for it."""
+        return time.perf_counter()
+
+    def seconds_between(self, begin: Any, end: Any) -> float:
+        """Seconds that the device spent between two marks; both must lie before what was last waited for."""
+        return float(end - begin)
 
     def to_device(self, batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Copy a batch to this rank's device (no copy where it is there already)."""

@@ -196,6 +196,20 @@ class CudaPlatform(Platform):
         stay = {key: value for key, value in batch.items() if key == "document_ids"}
         return {**super().to_device({key: batch[key] for key in batch if key not in stay}), **stay}
 
+    @property
+    def device_name(self) -> str | None:
+        return torch.cuda.get_device_name(self._device)
+
+    def mark(self) -> Any:
+        """An event in the current stream: the host runs ahead of the GPU, so its own clock would tell nothing."""
+        cuda: Any = torch.cuda
+        event = cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def seconds_between(self, begin: Any, end: Any) -> float:
+        return float(begin.elapsed_time(end)) / 1000.0
+
     def peak_memory(self) -> int:
         return torch.cuda.max_memory_allocated()
 

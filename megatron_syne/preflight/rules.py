@@ -22,6 +22,7 @@ from megatron_syne.preflight.facts import Facts, PlatformName, nearest, nearest_
 from megatron_syne.preflight.fp8_rules import FP8_RULES
 from megatron_syne.preflight.harness_rules import HARNESS_RULES
 from megatron_syne.preflight.memory_rules import MEMORY_RULES
+from megatron_syne.preflight.monitor_rules import MONITOR_RULES
 from megatron_syne.preflight.stage_rules import STAGE_RULES
 from megatron_syne.preflight.trainable_rules import TRAINABLE_RULES
 
@@ -225,6 +226,7 @@ RULES: tuple[Rule, ...] = (
     *STAGE_RULES,
     *TRAINABLE_RULES,
     *HARNESS_RULES,
+    *MONITOR_RULES,
     *DATA_RULES,
 )
 

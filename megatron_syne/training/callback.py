@@ -4,7 +4,7 @@ Order of events: ``on_train_start``, then per step ``on_step_start``, ``on_batch
 ``on_evaluation`` where one was due, ``on_step_boundary``; ``on_checkpoint_saved`` after each checkpoint; at the
 end ``on_train_end``, or ``on_exception`` in its place. An evaluation that was due when the run was stopped comes
 first on resume.
-All ranks get all events, with the same metrics.
+All ranks get all events, with the same metrics (times and speeds are each rank's own).
 """
 
 from __future__ import annotations

@@ -15,12 +15,15 @@ from megatron_syne.platform.base import Platform
 Batch = dict[str, torch.Tensor]
 
 
-def forward_step(platform: Platform, batches: Iterator[Batch], model: Any) -> tuple[torch.Tensor, Any]:
+def forward_step(
+    platform: Platform, batches: Iterator[Batch], model: Any, sources: int = 0
+) -> tuple[torch.Tensor, Any]:
     """Forward one micro-batch: ``tokens``, ``labels``, ``position_ids``, ``loss_mask``, each [micro_batch, seq].
 
     Pipeline stages between the first and the last get empty micro-batches, so that all stay in step. The
     causal mask is the engine's own, but where ``document_ids`` say that each document keeps to itself. Under
     context parallelism the batch is of whole sequences all the same: here it is cut to this rank's part.
+    With ``sources`` > 0 the batch has ``source_ids``, and the loss of each source is taken apart from the whole.
     """
     from megatron.core import parallel_state
 
@@ -40,31 +43,66 @@ def forward_step(platform: Platform, batches: Iterator[Batch], model: Any) -> tu
         labels=batch.get("labels"),
         packed_seq_params=packed,
     )
-    loss_mask = batch.get("loss_mask")
+    loss_mask, source_ids = batch.get("loss_mask"), batch.get("source_ids")
 
     def loss_func(losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """On the last stage: sum over tokens, number of tokens, and both as one tensor for the log ([2], float64)."""
+        """On the last stage: sum over tokens, number of tokens, and both as one tensor for the log
+        (float64 [2 + 2 x sources]: then the sum of each source, then its tokens)."""
         assert loss_mask is not None
         mask = loss_mask.reshape(-1).float()
-        total = torch.sum(losses.reshape(-1).float() * mask)
+        weighted = losses.reshape(-1).float() * mask
+        total = torch.sum(weighted)
         count = mask.sum()
-        return total, count.to(torch.int), torch.stack([total.detach().double(), count.double()])
+        log = torch.stack([total.detach().double(), count.double()])
+        if sources:
+            assert source_ids is not None
+            rows = weighted.detach().view(loss_mask.shape), mask.view(loss_mask.shape)
+            log = torch.cat([log, by_source(*rows, source_ids, sources, log[0])])
+        return total, count.to(torch.int), log
 
     return output, loss_func
 
 
-def reduce_over_world(sums: list[torch.Tensor], extra: list[float], device: torch.device) -> list[float]:
-    """One collective for all that the ranks must agree on: [loss sum, tokens, *extra], summed over the world.
+def by_source(
+    weighted: torch.Tensor, mask: torch.Tensor, source_ids: torch.Tensor, sources: int, whole: torch.Tensor
+) -> torch.Tensor:
+    """float64 [2 x sources]: what each source has of ``whole``, the micro-batch's sum, and its number of tokens.
+
+    ``weighted`` (losses times mask) and ``mask`` [micro batch, seq], fp32, ``source_ids`` [micro batch]. Sums are
+    taken as shares, so that those of all sources add up in float64 to the whole, which itself was summed in fp32.
+    Nothing waits for the device.
+    """
+    each = weighted.sum(dim=1, dtype=torch.float64)
+    own = each.sum()
+    each = torch.where(own == 0, each, whole * (each / own))
+    values = torch.cat([each, mask.sum(dim=1, dtype=torch.float64)])
+    result = torch.zeros(2 * sources, dtype=torch.float64, device=weighted.device)
+    return result.index_add_(0, torch.cat([source_ids, source_ids + sources]), values)
+
+
+def reduce_over_world(
+    sums: list[torch.Tensor],
+    extra: list[float],
+    device: torch.device,
+    sources: int = 0,
+    more: torch.Tensor | None = None,
+) -> list[float]:
+    """One collective for all that the ranks must agree on, summed over the world:
+    [loss sum, tokens, loss sum of each source, tokens of each source, *extra, *more].
 
     ``sums`` is what the last stage returned (empty elsewhere). TP ranks hold the same loss, so only the first
-    of each TP group adds its own; CP ranks hold different tokens. Every rank adds its ``extra`` values.
+    of each TP group adds its own; CP ranks hold different tokens. Every rank adds its ``extra`` values, and ``more``
+    (float64, on the device).
     """
     from megatron.core import parallel_state
 
-    values = torch.zeros(2 + len(extra), dtype=torch.float64, device=device)
+    width = 2 + 2 * sources
+    values = torch.zeros(width + len(extra), dtype=torch.float64, device=device)
     if sums and parallel_state.get_tensor_model_parallel_rank() == 0:
-        values[:2] = torch.stack(sums).sum(dim=0)
+        values[:width] = torch.stack(sums).sum(dim=0)
     if extra:
-        values[2:] = torch.tensor(extra, dtype=torch.float64, device=device)
+        values[width:] = torch.tensor(extra, dtype=torch.float64, device=device)
+    if more is not None:
+        values = torch.cat([values, more])
     dist.all_reduce(values)
     return [float(v) for v in values.tolist()]

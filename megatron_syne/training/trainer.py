@@ -13,6 +13,7 @@ from megatron_syne.config.schema import ModelConfig, RunConfig
 from megatron_syne.errors import DataError
 from megatron_syne.fp8.layers import Fp8Layers
 from megatron_syne.platform.base import Platform
+from megatron_syne.training import norms
 from megatron_syne.training.callback import Callback
 from megatron_syne.training.forward import Batch, forward_step, reduce_over_world
 from megatron_syne.training.optimizer import set_learning_rate
@@ -71,7 +72,12 @@ class Trainer:
             raise
 
     def train_step(self) -> dict[str, float]:
-        """One optimizer step on the next global batch; returns its metrics, the same on every rank."""
+        """One optimizer step on the next global batch; returns its metrics, the same on every rank.
+
+        Times are this rank's own: ``data_seconds`` waiting for the batch, ``forward_backward_seconds`` both passes
+        with the reduction of the gradients, ``optimizer_seconds`` clipping, update and the gathering of weights. On a
+        GPU they are taken from events, which are read behind the step's one wait for the device.
+        """
         started = time.perf_counter()
         first = self.state.consumed_samples
         batch_size = self.train_data.global_batch_size_at(first)
@@ -83,14 +89,22 @@ class Trainer:
         self.extra_metrics = {}
         self.emit("on_batch", batches)
 
+        names = self.train_data.plan.sources if self.config.monitor.loss_per_source else ()
+        marks = [self.platform.mark()]
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        sums = self.run_schedule(batches, self.train_data.seq_length_at(first), forward_only=False)
+        seq_length = self.train_data.seq_length_at(first)
+        sums = self.run_schedule(batches, seq_length, forward_only=False, sources=len(names))
+        marks.append(self.platform.mark())
+        squares = self.squares_if_due()
+        marks.append(self.platform.mark())
         updated, grad_norm, _ = self.optimizer.step()
-        loss_sum, tokens, stop, refused = reduce_over_world(
-            sums, [self.stop_requested, 0.0 if updated else 1.0], self.platform.device
-        )
+        marks.append(self.platform.mark())
+        told = [self.stop_requested, 0.0 if updated else 1.0]
+        values = reduce_over_world(sums, told, self.platform.device, len(names), squares)
+        (loss_sum, tokens), by_source, rest = values[:2], values[2:], values[2 + 2 * len(names) :]
+        (stop, refused), squared = rest[:2], rest[2:]
         loss = loss_sum / max(tokens, 1.0)
         self.refuse_unless_finite(loss, grad_norm, refused > 0)
 
@@ -108,11 +122,24 @@ class Trainer:
             "step_seconds": seconds,
             "data_seconds": data_seconds,
             "data_share": 100.0 * data_seconds / seconds,
+            # the reduction's result was read: all marks lie behind the device
+            "forward_backward_seconds": self.platform.seconds_between(marks[0], marks[1]),
+            "optimizer_seconds": self.platform.seconds_between(marks[2], marks[3]),
             "consumed_tokens": float(self.state.consumed_tokens),
             "consumed_samples": float(self.state.consumed_samples),
             "peak_memory_bytes": float(self.platform.peak_memory()),
+            **loss_by_source(names, by_source),
+            **(norms.as_metrics(squared, self.model_config.num_layers or 0) if squared else {}),
             **self.extra_metrics,
         }
+
+    def squares_if_due(self) -> Any:
+        """What the norms of the step under way are made of, None where they are not due."""
+        interval = self.config.monitor.norms_interval
+        if not interval or (self.state.step + 1) % interval:
+            return None
+        layers = self.model_config.num_layers or 0
+        return norms.sums_of_squares(self.chunks, self.optimizer, layers, self.platform.device)
 
     def refuse_unless_finite(self, loss: float, grad_norm: float, refused: bool) -> None:
         """All ranks see the same values, so all stop here together; DataError, nothing of the step is kept."""
@@ -124,10 +151,15 @@ class Trainer:
             )
 
     def run_schedule(
-        self, batches: list[Batch], seq_length: int, forward_only: bool, micro_batch_size: int | None = None
+        self,
+        batches: list[Batch],
+        seq_length: int,
+        forward_only: bool,
+        micro_batch_size: int | None = None,
+        sources: int = 0,
     ) -> list[Any]:
         """megatron-core's schedule (none, 1F1B or interleaved) over one global batch of this rank, in the training
-        step's micro-batches where ``micro_batch_size`` is not given."""
+        step's micro-batches where ``micro_batch_size`` is not given; the losses of so many ``sources`` apart."""
         from megatron.core.pipeline_parallel import get_forward_backward_func
 
         if micro_batch_size is None:
@@ -135,7 +167,7 @@ class Trainer:
         on_device = [self.platform.to_device(batch) for batch in batches]
         iterators = [iter(on_device) for _ in self.chunks]  # each chunk walks the same micro-batches
         result: list[Any] = get_forward_backward_func()(
-            forward_step_func=partial(forward_step, self.platform),
+            forward_step_func=partial(forward_step, self.platform, sources=sources),
             data_iterator=iterators if len(iterators) > 1 else iterators[0],
             model=self.chunks if len(self.chunks) > 1 else self.chunks[0],
             num_microbatches=len(batches),
@@ -198,3 +230,9 @@ class Trainer:
         """Tell every callback, in order."""
         for callback in self.callbacks:
             getattr(callback, event)(self, *args)
+
+
+def loss_by_source(names: Sequence[str], values: Sequence[float]) -> dict[str, float]:
+    """``loss/<source>`` of the sums and then the tokens of each source; those without a token are left out."""
+    each = zip(names, values[: len(names)], values[len(names) :], strict=False)
+    return {f"loss/{name}": total / tokens for name, total, tokens in each if tokens > 0}

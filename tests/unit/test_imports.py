@@ -22,7 +22,16 @@ PACKAGE = "megatron_syne"
 # What of models is plain values: no torch, open to the login node.
 LIGHT_MODELS = tuple(
     f"models.{name}"
-    for name in ("config", "families", "family", "hf_config", "hf_rope", "json_file", "parameter_names")
+    for name in (
+        "config",
+        "families",
+        "family",
+        "flops",
+        "hf_config",
+        "hf_rope",
+        "json_file",
+        "parameter_names",
+    )
 )
 
 # Room or module -> what of ours it may import, beside itself and errors. The longest matching key counts.
@@ -50,6 +59,20 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "curation": ("command_line", "config", "platform.base", "data.documents", "data.tokenizer"),
     "curation.perplexity_parallel": ("config", "platform", "parallel", "models", "curation", "training"),
     "pictures": (),
+    "planner": (
+        "command_line",
+        "config",
+        *LIGHT_MODELS,
+        "parallel.topology",
+        "data.mixture",
+        "fp8.choice",
+        "pictures",
+        "preflight",
+        "runs",
+    ),
+    "planner.hardware": (),
+    "planner.timeline": (),
+    "runs": ("command_line", "pictures"),
     "inspection": ("config", *LIGHT_MODELS, "data", "preflight.manifests", "checkpoint.folder", "pictures"),
     "preflight": (
         "config",
@@ -78,7 +101,15 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "training.callback",
         "training.state",
     ),
-    "monitor": ("config", "platform", "parallel", "training.callback", "training.state"),
+    "monitor": (
+        "config",
+        "platform",
+        "parallel",
+        "models.flops",
+        "planner.hardware",
+        "training.callback",
+        "training.state",
+    ),
     "resilience": ("config", "platform", "parallel", "training.callback", "training.state"),
     "curriculum": ("config", "data", "training.callback"),
     "legs": ("config", "models", "data", "convert.weights", "training.state"),
@@ -134,7 +165,9 @@ HEAVY: dict[str, tuple[str, ...]] = {
     "zstandard": ("data.documents", "curation.records"),
     "sklearn": ("curation",),
     "matplotlib": ("pictures",),
-    "tensorboard": ("monitor",),
+    "plotly": ("pictures",),
+    "tensorboard": ("monitor", "runs"),
+    "wandb": ("monitor",),
     "lm_eval": ("evaluation.harness",),
     "transformers": ("evaluation.harness", "parity", "curation.encoder", "curation.perplexity_hf"),
     "huggingface_hub": ("convert.hub",),
@@ -151,6 +184,8 @@ TORCH_FREE = (
     "data",
     "curation",
     "pictures",
+    "planner",
+    "runs",
     "inspection",
     "parallel.topology",
     "convert",

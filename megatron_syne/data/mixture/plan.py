@@ -188,6 +188,11 @@ class MixturePlan:
         source, index = place(segment.pattern, sample - segment.first_sample)
         return Location(number, self.sources[source], segment.bases[source] + index * segment.seq_length)
 
+    def source_at(self, sample: int) -> int:
+        """Which of ``sources`` a sample of the run is of (IndexError outside the run)."""
+        segment = self.segment_at(sample)
+        return place(segment.pattern, sample - segment.first_sample)[0]
+
     def samples_of(self, source: str, first: int = 0) -> int:
         """Samples that a source gives from sample ``first`` of the run to its end."""
         column = self.sources.index(source)

@@ -39,7 +39,7 @@ class Documents:
         return 64 if index < 48 else 32
 
 
-@pytest.mark.parametrize("form", [BatchForm(), BatchForm(True, True, True)])
+@pytest.mark.parametrize("form", [BatchForm(), BatchForm(True, True, True), BatchForm(sample_ids=True)])
 @pytest.mark.parametrize(("rank", "dp", "micro"), [(0, 1, 4), (1, 2, 3), (1, 3, 1)])
 def test_same_batches_from_anywhere(form: BatchForm, rank: int, dp: int, micro: int) -> None:
     dataset = Documents(96)

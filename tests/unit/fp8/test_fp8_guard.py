@@ -260,12 +260,10 @@ def test_shares_and_names() -> None:
 
 def test_the_console_tells_a_look_in_one_line() -> None:
     made, stream = scene(), io.StringIO()
-    plan = SimpleNamespace(segment_at=lambda sample: SimpleNamespace(stage="one"))
-    made.trainer.train_data, made.trainer.train_iters = SimpleNamespace(plan=plan), 100
-    made.trainer.state.consumed_samples = 8
+    made.trainer.train_iters = 100
     made.trainer.fp8.bad = {made.trainer.fp8.names[0]: {"input": FINE | {"overflow": 5}}}
     console = ConsoleProgress(stream, every_seconds=1e9)
-    console.last_shown = 1e18  # no progress line is due
+    console.last_shown, console.first_step = 1e18, -1  # no progress line is due
     common = {"learning_rate": 0.0, "grad_norm": 0.0, "tokens_per_second": 0.0, "data_share": 0.0}
     for _ in range(4):
         made.losses = (2.02, 2.0)

@@ -1,0 +1,6 @@
+"""Plan before spending: does a run fit, how fast is it, which layout is best, and why. No torch.
+
+``hardware`` (GPUs), ``memory`` (bytes per rank by component), ``speed`` (seconds of a step by part), ``timeline``
+(the pipeline's tasks), ``search`` (layouts ranked), ``published`` (measurements that the predictions are held to),
+``drawings`` (a configuration's pictures), ``report`` (text).
+"""
