@@ -1,0 +1,1 @@
+"""Read what runs have left (``metrics.jsonl``, tensorboard events) and compare them. No torch."""
