@@ -1,0 +1,292 @@
+"""Seconds that one rank spends on one micro-batch in a layer and in the output layer, by part. No torch.
+
+Each product of an M x K by a K x N matrix takes its 2 M N K operations at a share of the peak, and, beside that, the
+moving of its three matrices at a share of the memory's bandwidth: what makes narrow slices (high TP) and few tokens
+(fp32 gradients are read and written once per micro-batch, whatever its length) slow. Everything else is counted in
+bytes:
+
+==============================  ================================================================================
+element-wise, one layer         numbers moved per token (h hidden, q query, k key/value, f feed-forward width)
+==============================  ================================================================================
+two norms                       forward 4 h; backward 6 h
+two residual additions          forward 6 h; backward 6 h
+rotary embedding                forward 2 (q + k); backward the same
+gate x up (SwiGLU)              forward 3 f; backward 5 f
+FP8: each product's input       read, written in two layouts of 1 byte; tensorwise and blockwise read it once more
+==============================  ================================================================================
+
+h is cut over TP with sequence parallelism, the others always.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_syne.config.schema import ModelConfig, RunConfig
+from megatron_syne.models.config import padded_vocab_size
+from megatron_syne.models.family import completed
+from megatron_syne.models.flops import attended_tokens
+from megatron_syne.planner.hardware import Gpu
+from megatron_syne.planner.stacks import Stack
+
+LOGIT_BYTES = 30
+"""Moved per logit by the loss over a cut vocabulary, forward and backward: the cast to fp32, maximum, subtraction,
+exponential, sum, and the gradient back to bf16 (megatron-core's ``vocab_parallel_cross_entropy``); two thirds of it
+forward."""
+
+
+@dataclass(frozen=True)
+class Rank:
+    """What one rank computes with, and on."""
+
+    gpu: Gpu
+    stack: Stack
+    tokens: int
+    """Of one micro-batch after CP."""
+    hidden: int
+    query: int
+    """Width of the query projection over all TP ranks, as of the next three."""
+    keys: int
+    ffn: int
+    vocab: int
+    attended: float
+    """Tokens that a token attends to, on average."""
+    tp: int
+    cp: int
+    sequence_parallel: bool
+    tp_comm_overlap: bool
+    cp_comm_type: str
+    bytes_per_number: int
+    """Of activations: 2 or 4."""
+    cast_bytes: int
+    """Moved per number that becomes FP8; 0 = no FP8."""
+    fp8_products: bool
+    """Whether products of cast numbers run at FP8's rate."""
+
+
+@dataclass(frozen=True)
+class Pass:
+    """Seconds of one pass; communication is what of it shows."""
+
+    matrices: float = 0.0
+    attention: float = 0.0
+    elementwise: float = 0.0
+    tp: float = 0.0
+    cp: float = 0.0
+
+    @property
+    def seconds(self) -> float:
+        """All of it."""
+        return self.matrices + self.attention + self.elementwise + self.tp + self.cp
+
+    def __add__(self, other: Pass) -> Pass:
+        return Pass(
+            self.matrices + other.matrices,
+            self.attention + other.attention,
+            self.elementwise + other.elementwise,
+            self.tp + other.tp,
+            self.cp + other.cp,
+        )
+
+    def __mul__(self, times: float) -> Pass:
+        return Pass(
+            self.matrices * times,
+            self.attention * times,
+            self.elementwise * times,
+            self.tp * times,
+            self.cp * times,
+        )
+
+
+def rank_of(config: RunConfig, model: ModelConfig, gpu: Gpu, stack: Stack) -> Rank:
+    """The facts of a configuration that the costs need; ``model`` is the resolved one."""
+    model = completed(model)
+    parallel, precision = config.parallel, config.precision
+    assert model.hidden_size and model.ffn_hidden_size and model.kv_channels, "resolve_model first"
+    assert model.num_attention_heads and model.num_query_groups, "resolve_model first"
+    seq, cp = config.data.seq_length, parallel.context_parallel_size
+    recipe = precision.fp8
+    return Rank(
+        gpu=gpu,
+        stack=stack,
+        tokens=config.train.micro_batch_size * seq // cp,
+        hidden=model.hidden_size,
+        query=model.num_attention_heads * model.kv_channels,
+        keys=model.num_query_groups * model.kv_channels,
+        ffn=model.ffn_hidden_size,
+        vocab=padded_vocab_size(model, parallel.tensor_model_parallel_size),
+        attended=attended_tokens(model, seq),
+        tp=parallel.tensor_model_parallel_size,
+        cp=cp,
+        sequence_parallel=parallel.sequence_parallel,
+        tp_comm_overlap=parallel.tp_comm_overlap,
+        cp_comm_type=parallel.cp_comm_type or "p2p",
+        bytes_per_number=2 if precision.params_dtype == "bf16" else 4,
+        cast_bytes=0 if recipe is None else 4 if recipe == "delayed" else 6,
+        fp8_products=recipe is not None and not precision.fp8_emulation and gpu.fp8_flops > 0,
+    )
+
+
+def memory_seconds(rank: Rank, num_bytes: float) -> float:
+    """To move that many bytes through the GPU's own memory."""
+    return num_bytes / (rank.gpu.memory_bandwidth * rank.stack.memory_share)
+
+
+def link_seconds(rank: Rank, num_bytes: float, span: int) -> float:
+    """To send that many bytes to a rank of a group that reaches over ``span`` neighbouring ranks."""
+    gpu = rank.gpu
+    rate = gpu.nvlink_bandwidth if span <= gpu.gpus_per_node else gpu.network_bandwidth
+    return num_bytes / (rate * rank.stack.link_share)
+
+
+def product(rank: Rank, m: int, n: int, k: int, fp8: bool, written: int | None = None) -> float:
+    """Seconds of an M x K by K x N product; ``written`` = bytes moved per result, not given = it is written once."""
+    read = 1 if fp8 else rank.bytes_per_number
+    gpu, stack = rank.gpu, rank.stack
+    if fp8:
+        rate = gpu.fp8_flops * stack.fp8_share
+    else:  # fp32 runs as TF32, at half of bf16's rate
+        rate = gpu.bf16_flops * stack.bf16_share * 2 / rank.bytes_per_number
+    moved = rank.bytes_per_number if written is None else written
+    return 2.0 * m * n * k / rate + memory_seconds(rank, float(m) * n * moved + (float(m) + n) * k * read)
+
+
+@dataclass(frozen=True)
+class Linear:
+    """Seconds of the three products of a linear layer on this rank."""
+
+    forward: float
+    input_gradient: float
+    weight_gradient: float
+
+    @property
+    def backward(self) -> float:
+        """Both gradients."""
+        return self.input_gradient + self.weight_gradient
+
+
+def linear(rank: Rank, inputs: int, outputs: int, fp8: bool) -> Linear:
+    """A linear layer of these widths on this rank."""
+    fp8 = fp8 and rank.fp8_products
+    gradient = 8 if rank.stack.main_grads else rank.bytes_per_number
+    return Linear(
+        product(rank, rank.tokens, outputs, inputs, fp8),
+        product(rank, rank.tokens, inputs, outputs, fp8),
+        product(rank, outputs, inputs, rank.tokens, fp8, gradient),
+    )
+
+
+def layer(rank: Rank, fp8: bool = False) -> tuple[Pass, Pass]:
+    """One transformer layer, (forward, backward), nothing computed again; ``fp8`` = its linear layers cast."""
+    h, tp, t = rank.hidden, rank.tp, rank.tokens
+    qkv, query, ffn = (rank.query + 2 * rank.keys) // tp, rank.query // tp, rank.ffn // tp
+    columns = [linear(rank, h, qkv, fp8), linear(rank, h, 2 * ffn, fp8)]
+    rows = [linear(rank, query, h, fp8), linear(rank, ffn, h, fp8)]
+    linears = columns + rows
+    stream = h / tp if rank.sequence_parallel else h
+    numbers = (
+        10 * stream + 2 * (rank.query + rank.keys) / tp + 3 * ffn,
+        12 * stream + 2 * (rank.query + rank.keys) / tp + 5 * ffn,
+    )
+    passes = rank.stack.elementwise_passes * rank.bytes_per_number
+    cast = rank.cast_bytes if fp8 else 0
+    casts = (cast * (2 * h + query + ffn), cast * (2 * h + qkv + 2 * ffn))
+    elementwise = [
+        memory_seconds(rank, t * (count * passes + more)) for count, more in zip(numbers, casts, strict=True)
+    ]
+    matrices = sum(one.forward for one in linears), sum(one.backward for one in linears)
+    attention, cp_comm = attention_seconds(rank), cp_seconds(rank)
+    tp_comm = [
+        sum(tp_seconds(rank, *pair, fp8)[i] for pair in zip(columns, rows, strict=True)) for i in (0, 1)
+    ]
+    forward, backward = (
+        Pass(matrices[i], attention[i], elementwise[i], tp_comm[i], cp_comm[i]) for i in (0, 1)
+    )
+    return forward, backward
+
+
+def attention_seconds(rank: Rank) -> tuple[float, float]:
+    """Scores and their product with the values, causal tokens counted once; 2 products forward, 5 backward."""
+    work = 2.0 * rank.tokens * rank.query / rank.tp * rank.attended / rank.gpu.bf16_flops
+    work *= rank.bytes_per_number / 2
+    stack = rank.stack
+    return 2 * work / stack.attention_forward_share, 5 * work / stack.attention_backward_share
+
+
+def tp_seconds(rank: Rank, column: Linear, row: Linear, fp8: bool = False) -> tuple[float, float]:
+    """(Forward, backward) TP collectives that show, of a pair of a column- and a row-parallel linear layer.
+
+    With sequence parallelism forward the input is gathered and the output scattered, backward each once more and the
+    input gathered again for the weight's gradient; each moves ``(tp - 1) / tp`` of it. Without, one all-reduce (as
+    much as both) each way. FP8 layers gather numbers already cast, of 1 byte. With ``tp_comm_overlap`` each hides
+    behind one product of its layer; without it the engine still hides the column-parallel layer's backward ones.
+    """
+    if rank.tp == 1:
+        return 0.0, 0.0
+    scatter = tp_collective_seconds(rank)
+    gather = scatter / 2 if fp8 and rank.fp8_products and rank.sequence_parallel else scatter
+    again = gather if rank.sequence_parallel else 0.0
+    share = rank.stack.overlapped_exposed
+    columns = showing(again, column.input_gradient, share) + showing(scatter, column.weight_gradient, share)
+    if not rank.tp_comm_overlap:
+        return gather + scatter, gather + columns
+    share = rank.stack.tp_exposed
+    columns = showing(again, column.input_gradient, share) + showing(scatter, column.weight_gradient, share)
+    forward = showing(gather, column.forward, share) + showing(scatter, row.forward, share)
+    return forward, showing(gather, row.input_gradient, share) + columns
+
+
+def showing(seconds: float, behind: float, share: float) -> float:
+    """What shows of communication that overlaps with work: ``share`` of it, or what the work is too short for."""
+    return max(share * seconds, seconds - behind)
+
+
+def tp_collective_seconds(rank: Rank) -> float:
+    """To gather or scatter a layer's input over TP."""
+    size = float(rank.tokens) * rank.hidden * rank.bytes_per_number * (rank.tp - 1) / rank.tp
+    return link_seconds(rank, size, rank.tp)
+
+
+def cp_seconds(rank: Rank) -> tuple[float, float]:
+    """Exchange of keys and values over CP that shows: the ring overlaps with attention, gathers and all-to-alls do
+    not. Backward twice as much: keys and values again, and their gradients."""
+    if rank.cp == 1:
+        return 0.0, 0.0
+    keys = 2.0 * rank.tokens * rank.keys / rank.tp * rank.bytes_per_number
+    if rank.cp_comm_type == "a2a":
+        size = (
+            (keys + 2.0 * rank.tokens * rank.query / rank.tp * rank.bytes_per_number)
+            * (rank.cp - 1)
+            / rank.cp
+        )
+        one = link_seconds(rank, size, rank.tp * rank.cp)
+        return one, one
+    one = link_seconds(rank, keys * (rank.cp - 1), rank.tp * rank.cp)
+    if rank.cp_comm_type == "p2p":
+        one *= rank.stack.overlapped_exposed
+    return one, 2 * one
+
+
+def output_layer(rank: Rank) -> tuple[Pass, Pass]:
+    """Final norm, output layer (never FP8) and loss, (forward, backward)."""
+    table = linear(rank, rank.hidden, rank.vocab // rank.tp, False)
+    loss = memory_seconds(rank, float(LOGIT_BYTES) * rank.tokens * rank.vocab / rank.tp)
+    one = tp_collective_seconds(rank)
+    return Pass(table.forward, 0, loss * 2 / 3, one), Pass(table.backward, 0, loss / 3, one)
+
+
+def feed_forward(rank: Rank, fp8: bool) -> Pass:
+    """Forward pass of a layer's feed-forward part alone (``recompute_modules: [mlp]``)."""
+    h, ffn = rank.hidden, rank.ffn // rank.tp
+    up, down = linear(rank, h, 2 * ffn, fp8), linear(rank, ffn, h, fp8)
+    numbers = 3 * ffn * rank.stack.elementwise_passes * rank.bytes_per_number
+    casts = (rank.cast_bytes if fp8 else 0) * (h + ffn)
+    elementwise = memory_seconds(rank, rank.tokens * (numbers + casts))
+    return Pass(up.forward + down.forward, 0.0, elementwise, tp_seconds(rank, up, down, fp8)[0])
+
+
+def norms(rank: Rank) -> Pass:
+    """Forward pass of a layer's two norms alone (``recompute_modules: [layernorm]``)."""
+    stream = rank.hidden / rank.tp if rank.sequence_parallel else rank.hidden
+    numbers = 4 * stream * rank.stack.elementwise_passes * rank.bytes_per_number
+    return Pass(elementwise=memory_seconds(rank, rank.tokens * numbers))
