@@ -238,7 +238,7 @@ def test_recomputation_keeps_fewer_bytes(measured: dict[str, dict[str, float]]) 
     assert all(kept[name] < kept["kept"] for name in RECOMPUTED)
     assert kept["all_modules"] < min(kept[name] for name in ("core_attn", "mlp", "layernorm"))
     assert kept["block"] == kept["uniform"] < kept["block_1"]
-    assert kept["uniform"] < 0.3 * kept["kept"]  # the rest is the logits
+    assert kept["uniform"] < 0.4 * kept["kept"]  # the rest is the logits
     assert kept["uniform_2"] < kept["uniform"]
 
 
