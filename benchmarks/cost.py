@@ -1,12 +1,12 @@
 """Cost of a step as layers, width, sequence and ranks grow: a table and a picture.
 
     python benchmarks/cost.py --output cost.png [--steps 8]
+    python benchmarks/cost.py --output cost.png --table benchmarks/results/training.md --cpus 2    # only draws
 
 A small Llama on the CPU platform, fp32, random tokens; one axis varies, the others stay at the base. Each row is a run
 of its own: the median of its steps after the first three (with all that watches a run), and the peak of resident
 memory of rank 0. "per FLOP" is the time divided by that of the base times the model's own count of floating-point
-operations (6 x parameters in matrices + 6 x layers x sequence x heads x head size per token, causal attention counted
-once): 1.0 means that the cost grows as the arithmetic does.
+operations (``models/flops.py``): 1.0 means that the cost grows as the arithmetic does.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from launch.local import run_ranks  # noqa: E402
-from megatron_syne.pictures.canvas import picture  # noqa: E402
+from megatron_syne.config.schema import ModelConfig  # noqa: E402
+from megatron_syne.models.flops import model_flops_per_token  # noqa: E402
+from megatron_syne.pictures.cost import Cost, draw_cost  # noqa: E402
 
 WARM = 3
 VOCABULARY = 2048
@@ -51,10 +53,16 @@ class Point:
     @property
     def flops(self) -> float:
         """Floating-point operations of one token, forward and backward."""
-        heads, head = 8, self.hidden // 8
-        layer = self.hidden * self.hidden * 2 + 2 * self.hidden * head * 4 + 3 * self.hidden * 3 * self.hidden
-        matrices = self.layers * layer + VOCABULARY * self.hidden
-        return 6.0 * matrices + 6.0 * self.layers * self.seq_length * heads * head
+        model = ModelConfig(
+            model_type="llama",
+            num_layers=self.layers,
+            hidden_size=self.hidden,
+            ffn_hidden_size=3 * self.hidden,
+            num_attention_heads=8,
+            num_query_groups=4,
+            vocab_size=VOCABULARY,
+        )
+        return model_flops_per_token(model, self.seq_length)
 
 
 BASE = Point()
@@ -119,60 +127,61 @@ monitor: {{progress: false, tensorboard: true}}
         return statistics.median(row["step_seconds"] for row in rows), rows[-1]["peak_memory_bytes"]
 
 
-def draw(path: Path, found: dict[str, list[tuple[Point, float, float]]]) -> None:
-    """Four panels: milliseconds of a step along each axis, and what the arithmetic alone would give."""
-    with picture(path, 1400, 900, rows=2, columns=2) as axes:
-        for panel, (axis, rows) in zip(axes, found.items(), strict=True):
-            names = [label(axis, point) for point, _, _ in rows]
-            values = [seconds * 1000 for _, seconds, _ in rows]
-            if axis == "ranks":
-                panel.bar(names, values, color="#4878a8")
-                panel.set_xlabel(f"layout (on {os.cpu_count()} CPUs)")
-            else:
-                base = next(
-                    seconds / (point.flops * point.seq_length) for point, seconds, _ in rows if point == BASE
-                )
-                panel.plot(names, values, "o-", color="#4878a8", label="measured")
-                panel.plot(
-                    names,
-                    [1000 * base * point.flops * point.seq_length for point, _, _ in rows],
-                    "--",
-                    color="#888888",
-                    label="as the arithmetic grows",
-                )
-                panel.set_yscale("log")
-                panel.legend()
-                panel.set_xlabel({"layers": "layers", "width": "hidden size", "sequence": "tokens"}[axis])
-            panel.set_title(f"step time by {axis}")
-            panel.set_ylabel("ms per step")
-            panel.grid(alpha=0.3)
+def read_table(path: Path) -> dict[str, list[Cost]]:
+    """The rows of a printed table, by axis."""
+    found: dict[str, list[Cost]] = {}
+    for line in path.read_text().splitlines():
+        cells = [cell.strip() for cell in line.strip().strip("|").split("|")]
+        if len(cells) == 6 and cells[0] in AXES:
+            axis, value, milliseconds, _, per_flop, megabytes = cells
+            row = Cost(value, *(float(cell.replace(",", "")) for cell in (milliseconds, per_flop, megabytes)))
+            found.setdefault(axis, []).append(row)
+    if not found:
+        sys.exit(f"cost.py: {path} holds no table of this benchmark")
+    return found
 
 
-def main() -> None:
-    """Measure every point, print the table, draw."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--output", type=Path, default=Path("cost.png"))
-    parser.add_argument("--steps", type=int, default=8)
-    options = parser.parse_args()
-    found: dict[str, list[tuple[Point, float, float]]] = {}
-    seen: dict[Point, tuple[float, float]] = {}
+def measure_all(steps: int) -> dict[str, list[Cost]]:
+    """Every point, printed as it is found."""
+    found: dict[str, list[Cost]] = {}
     print("| axis | value | ms per step | tokens/s | per FLOP | rank 0, MB |\n|---|---|---|---|---|---|")
-    seen[BASE] = measure(BASE, options.steps)
+    seen = {BASE: measure(BASE, steps)}
     base = seen[BASE][0] / (BASE.flops * BASE.seq_length)
     for axis, points in AXES.items():
         for point in points:
             if point not in seen:
-                seen[point] = measure(point, options.steps)
+                seen[point] = measure(point, steps)
             seconds, memory = seen[point]
-            found.setdefault(axis, []).append((point, seconds, memory))
+            per_flop = seconds / (point.flops * point.seq_length) / base
+            found.setdefault(axis, []).append(
+                Cost(label(axis, point), seconds * 1000, per_flop, memory / 1e6)
+            )
             print(
                 f"| {axis} | {label(axis, point)} | {seconds * 1000:.1f} | "
-                f"{SAMPLES * point.seq_length / seconds:,.0f} | "
-                f"{seconds / (point.flops * point.seq_length) / base:.2f} | {memory / 1e6:.0f} |",
+                f"{SAMPLES * point.seq_length / seconds:,.0f} | {per_flop:.2f} | {memory / 1e6:.0f} |",
                 flush=True,
             )
-    draw(options.output, found)
     print(f"\n{os.cpu_count()} CPUs, {time.strftime('%Y-%m-%d')}")
+    return found
+
+
+def main() -> None:
+    """Measure every point and print the table, or read it; draw."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--output", type=Path, default=Path("cost.png"))
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--table", type=Path, help="draw the table in this file; nothing is measured")
+    parser.add_argument(
+        "--cpus", type=int, default=os.cpu_count(), help="with --table: CPUs it was measured on"
+    )
+    options = parser.parse_args()
+    found = read_table(options.table) if options.table else measure_all(options.steps)
+    draw_cost(
+        options.output,
+        found,
+        f"Cost of a training step on {options.cpus} CPUs: fp32, {SAMPLES} samples a step; base {BASE.layers} layers, "
+        f"hidden size {BASE.hidden}, {BASE.seq_length} tokens, one rank",
+    )
 
 
 if __name__ == "__main__":

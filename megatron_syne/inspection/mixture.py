@@ -1,4 +1,4 @@
-"""``plan``: what a configuration will read, as a table and as a picture of the mixture over tokens."""
+"""``plan``: what a configuration will read, as a table and as a picture or page of the mixture over tokens."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the command."""
     parser.add_argument("--config", required=True, help="YAML file of the run")
     parser.add_argument("overrides", nargs="*", help="section.option=value")
-    parser.add_argument("--output", metavar="PNG", help="also write a picture")
+    parser.add_argument("--output", metavar="FILE", help="also draw it: .png, or .html to look into")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -37,10 +37,14 @@ def run(options: argparse.Namespace) -> int:
 
 
 def draw(path: str, plan: MixturePlan, epochs: dict[str, float], reached: int | None = None) -> None:
-    """The picture of a plan; ``reached``: tokens consumed so far."""
-    from megatron_syne.pictures.mixture import draw_mixture
+    """The picture of a plan, or with ``.html`` its page; ``reached``: tokens consumed so far."""
+    from megatron_syne.pictures.mixture import draw_mixture, mixture_figure
+    from megatron_syne.pictures.page import page
 
     positions, shares = mixture_over_tokens(plan)
     ends = np.cumsum([stage.tokens for stage in plan.stages]).tolist()
     stages = [(stage.name, end) for stage, end in zip(plan.stages, ends, strict=True)]
-    draw_mixture(path, positions, shares, stages, epochs, reached)
+    if path.endswith(".html"):
+        page(path, "Mixture", [mixture_figure(positions, shares, stages, epochs, reached)])
+    else:
+        draw_mixture(path, positions, shares, stages, epochs, reached)

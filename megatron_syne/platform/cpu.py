@@ -1,6 +1,6 @@
 """megatron-core on a CPU over gloo: every bridge to the unmodified engine, each with its reason.
 
-megatron-core 0.16 names CUDA in about sixty places on the path of a training step. They fall into six
+megatron-core 0.16 names CUDA in about sixty places on the path of a training step. They fall into seven
 kinds, and each is bridged once here rather than patched where it stands:
 
 * ``device="cuda"`` and ``.cuda()``, ``pin_memory=True``: a ``TorchFunctionMode`` sends them to the CPU;
@@ -8,7 +8,8 @@ kinds, and each is bridged once here rather than patched where it stands:
 * comparisons with ``"torch.cuda.FloatTensor"``: ``Tensor.type()`` answers with the CUDA spelling;
 * Adam: the distributed optimizer's checkpoints need a step per group, as Transformer Engine and apex have;
 * norms: the engine's local ones refuse sequence parallelism and zero-centred weights;
-* attention: the engine's local one refuses CP, and writes out all scores.
+* attention: the engine's local one refuses CP, and writes out all scores;
+* gloo: a thread for each group, and collectives of one rank (``cpu_gloo``).
 
 The mode is thread-local: only the main thread may call the engine. CUDA streams, events and graphs are not
 bridged; ``preflight`` refuses the options that need them. Only ever installed where no CUDA is visible.
@@ -39,6 +40,7 @@ from megatron_syne.errors import ConfigError
 from megatron_syne.fp8.choice import describe_fp8, emulates_fp8
 from megatron_syne.platform.base import Platform
 from megatron_syne.platform.cpu_adam import GroupStepAdamW, bridge_precision_aware_optimizer
+from megatron_syne.platform.cpu_gloo import bridge_gloo
 from megatron_syne.platform.cpu_norm import LocalNorm
 
 _CPU = torch.device("cpu")
@@ -112,6 +114,7 @@ def install_bridge() -> None:
     distrib_optimizer.Adam = GroupStepAdamW
     distrib_optimizer.HAVE_APEX_OR_TE = distrib_optimizer.USING_APEX_OPTIMIZER = True
     bridge_precision_aware_optimizer(engine_optimizer)
+    bridge_gloo()
     _bridge = _CudaToCpu()
     _bridge.__enter__()
     # torch.autograd.backward asks the mode first and then runs without it; recomputed layers need it in there.

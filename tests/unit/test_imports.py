@@ -142,6 +142,7 @@ HEAVY: dict[str, tuple[str, ...]] = {
     "megatron": (
         "platform.cpu",
         "platform.cpu_attention",
+        "platform.cpu_gloo",
         "platform.cuda",
         "platform.cuda_fp8",
         "parallel.setup",

@@ -248,6 +248,8 @@ def test_plan(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert re.search(r"^  zh_web +0.1400 +17 +4,352 +0.22 +0.22$", out, re.MULTILINE)
     with Image.open(tmp_path / "m.png") as image:
         assert image.size == (1500, 600) and len(set(image.convert("RGB").getdata())) > 10
+    show(capsys, "plan", "--config", place / "run.yaml", "--output", tmp_path / "m.html")
+    assert "zh_web: %{y:.2%} of the samples, 0.22" in (tmp_path / "m.html").read_text(encoding="utf-8")
     short = ["data.sources.zh_book.max_epochs=0.01"]
     assert "note: data.sources.zh_book" in show(capsys, "plan", "--config", place / "run.yaml", *short)
 
