@@ -51,7 +51,13 @@ def picture(
             # without the library's version in it: the same numbers give the same bytes
             figure.savefig(temporary, format="png", dpi=DPI * scale, metadata={"Software": None})
             os.replace(temporary, path)
-        except (PermissionError, FileExistsError, NotADirectoryError, IsADirectoryError) as error:
+        except (
+            PermissionError,
+            FileExistsError,
+            FileNotFoundError,
+            NotADirectoryError,
+            IsADirectoryError,
+        ) as error:
             raise CannotCreate(f"{path}: cannot be created: {error.strerror}") from None
         finally:
             with contextlib.suppress(OSError):

@@ -61,7 +61,13 @@ def page(path: str | Path, title: str, figures: Sequence[Any]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_text(text, encoding="utf-8")
         os.replace(temporary, path)
-    except (PermissionError, FileExistsError, NotADirectoryError, IsADirectoryError) as error:
+    except (
+        PermissionError,
+        FileExistsError,
+        FileNotFoundError,
+        NotADirectoryError,
+        IsADirectoryError,
+    ) as error:
         raise CannotCreate(f"{path}: cannot be created: {error.strerror}") from None
     finally:
         with contextlib.suppress(OSError):

@@ -55,7 +55,13 @@ def write_golden(path: str | Path, name: str, series: Mapping[str, Series]) -> N
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_bytes(orjson.dumps(content) + b"\n")
         os.replace(temporary, path)
-    except (PermissionError, FileExistsError, NotADirectoryError, IsADirectoryError) as error:
+    except (
+        PermissionError,
+        FileExistsError,
+        FileNotFoundError,
+        NotADirectoryError,
+        IsADirectoryError,
+    ) as error:
         raise CannotCreate(f"{path}: cannot be created: {error.strerror}") from None
     finally:
         with contextlib.suppress(OSError):
