@@ -29,6 +29,7 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 
+from megatron_syne.platform.cpu_attention import LocalAttention
 from megatron_syne.platform.cpu_norm import LocalNorm
 
 Batch = dict[str, torch.Tensor]
@@ -75,6 +76,7 @@ class BareLoop:
             deallocate_pipeline_outputs=True,
         )
         layer = get_gpt_layer_local_spec()
+        layer.submodules.self_attention.submodules.core_attention = LocalAttention
         layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = LocalNorm
         gpt: torch.nn.Module = GPTModel(
             config=config,

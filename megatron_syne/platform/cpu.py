@@ -9,7 +9,7 @@ kinds, and each is bridged once here rather than patched where it stands:
 * Adam: the distributed optimizer's checkpoints need a step per group, as Transformer Engine and apex have;
 * norms: the engine's local ones refuse sequence parallelism and zero-centred weights;
 * attention: the engine's local one refuses CP, and writes out all scores;
-* gloo: a thread for each group, and collectives of one rank (``cpu_gloo``).
+* gloo: a network thread for each group of one rank, and their collectives (``cpu_gloo``).
 
 The mode is thread-local: only the main thread may call the engine. CUDA streams, events and graphs are not
 bridged; ``preflight`` refuses the options that need them. Only ever installed where no CUDA is visible.

@@ -1,4 +1,4 @@
-"""gloo as the CPU platform uses it: one network thread per process, and no collective of a single rank.
+"""gloo as the CPU platform uses it: groups of one rank share a network thread and run no collectives.
 
 Neither changes a number. Without them a step of one process with two OpenMP threads takes 1.3 times as long.
 """
@@ -13,32 +13,36 @@ import torch
 import torch.distributed.distributed_c10d as c10d
 
 
-class SharedDeviceGloo(c10d.ProcessGroupGloo):  # type: ignore[misc]
-    """A gloo group on the device that all groups of the process share.
+class FrugalGloo(c10d.ProcessGroupGloo):  # type: ignore[misc]
+    """A gloo group that, alone in it, has no device of its own.
 
     Each device is a thread that wakes a hundred times a second, and torch makes one for every group: megatron-core
-    builds about twenty, so eight ranks on one machine would wake 16,000 times a second for nothing.
+    builds about twenty, most of them of one rank, which never connect to anybody. Groups of several ranks keep their
+    own: with a shared one, a rank of eight was once seen to crash.
     """
 
     _device: Any = None
 
     def __init__(self, store: Any, rank: int, size: int, timeout: timedelta) -> None:
-        if SharedDeviceGloo._device is None:
-            SharedDeviceGloo._device = self.create_default_device()
+        if size > 1:
+            super().__init__(store, rank, size, timeout)
+            return
+        if FrugalGloo._device is None:
+            FrugalGloo._device = self.create_default_device()
         options = self._Options()
-        options._devices, options._timeout = [SharedDeviceGloo._device], timeout
+        options._devices, options._timeout = [FrugalGloo._device], timeout
         super().__init__(store, rank, size, options)
 
 
 def bridge_gloo() -> None:
-    """Let torch build :class:`SharedDeviceGloo` groups, and megatron-core's DDP copy where a group has one rank.
+    """Let torch build :class:`FrugalGloo` groups, and megatron-core's DDP copy where a group has one rank.
 
     Once per process, before the first group. gloo's own copy for one rank runs in a thread of its own with an OpenMP
     team of its own; with more teams than CPUs libgomp lets every thread sleep between parallel regions.
     """
     from megatron.core.distributed import param_and_grad_buffer as buffers
 
-    c10d.ProcessGroupGloo = SharedDeviceGloo
+    c10d.ProcessGroupGloo = FrugalGloo
     buffers.dist_reduce_scatter_func = _copied_alone(buffers.dist_reduce_scatter_func)
     buffers.dist_all_gather_func = _copied_alone(buffers.dist_all_gather_func)
 

@@ -1,4 +1,4 @@
-"""gloo on the CPU platform: one network thread for all groups, and collectives of one rank that are copies."""
+"""gloo on the CPU platform: one network thread for all groups of one rank, whose collectives are copies."""
 
 from __future__ import annotations
 
