@@ -154,6 +154,21 @@ def schedules(config: RunConfig, run: RunLength) -> tuple[Schedule, ...]:
     )
 
 
+def key_points(schedule: Schedule, run: RunLength) -> list[tuple[str, int]]:
+    """Where something begins or ends in a schedule: (name, sample), in order."""
+    first, end = schedule.first_sample, schedule.first_sample + schedule.samples
+    points = {"first step": first}
+    if schedule.warmup_end > first:
+        points["end of warm-up"] = schedule.warmup_end
+    if schedule.rates.lr_decay_style == "WSD" and schedule.decay.length:
+        start, in_tokens = schedule.decay.start, schedule.decay.in_tokens
+        points["start of decay"] = run.sample_at_tokens(start) if in_tokens else start
+    if first < schedule.decay_end < end:
+        points["end of decay"] = schedule.decay_end
+    points["last step"] = run.sample_at(run.iteration_at(end) - 1)
+    return sorted(points.items(), key=lambda point: point[1])
+
+
 def rates_of(config: RunConfig, stage: str = "") -> Rates:
     """The run's options (``stage`` empty), or a stage's: its own where it gives them.
 

@@ -49,13 +49,22 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
 
     Raises ConfigError (all problems in one), MissingInput for an absent file, SecurityRefusal for code tags.
     """
-    root = _with_bases(Path(os.path.abspath(path)), [])
+    path = Path(os.path.abspath(path))
+    return _built(_with_bases(path, []), overrides, f"configuration {show_path(path)}")
+
+
+def config_of(overrides: Sequence[str]) -> RunConfig:
+    """The run that dotted overrides alone describe; raises ConfigError, all problems in one."""
+    return _built(Node({}, COMMAND_LINE), overrides, "the options")
+
+
+def _built(root: Node, overrides: Sequence[str], name: str) -> RunConfig:
     for text in overrides:
         root = _override(root, text)
     builder = Builder()
     config = builder.dataclass(RunConfig, root, "")
     if builder.problems:
-        raise one_error(builder.problems, f"configuration {show_path(Path(os.path.abspath(path)))}")
+        raise one_error(builder.problems, name)
     assert isinstance(config, RunConfig)
     vars(config)["_origins"] = builder.origins  # beside the fields: equality and asdict() do not see it
     return config

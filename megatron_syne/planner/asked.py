@@ -10,10 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from megatron_syne.config.arithmetic import tokens_per_step
-from megatron_syne.config.build import Builder
-from megatron_syne.config.loader import COMMAND_LINE, _override, config_origin, load_config
+from megatron_syne.config.loader import config_of, config_origin, load_config
 from megatron_syne.config.schema import ModelConfig, RunConfig
-from megatron_syne.config.tree import Node, one_error
 from megatron_syne.errors import ConfigError
 from megatron_syne.models.config import PRESETS
 from megatron_syne.models.hf_config import model_config_from_hf
@@ -75,7 +73,7 @@ def configuration(options: argparse.Namespace, overrides: Sequence[str]) -> RunC
         texts.append(PRECISIONS[options.precision])
     if options.recompute_modules:
         texts.append(f"memory.recompute_modules=[{', '.join(options.recompute_modules)}]")
-    config = _config_of([*texts, *overrides])
+    config = config_of([*texts, *overrides])
     config.model = _model(options.model, config.model)
     for option, key in (("seq-length", "data.seq_length"), ("global-batch-size", "train.global_batch_size")):
         if config_origin(config, key) == "default":
@@ -85,20 +83,6 @@ def configuration(options: argparse.Namespace, overrides: Sequence[str]) -> RunC
     if config.train.train_iters is None and tokens_per_step(config) > 0:
         tokens = token_count(options.tokens or "1B")
         config.train.train_iters = math.ceil(tokens / tokens_per_step(config))
-    return config
-
-
-def _config_of(overrides: Sequence[str]) -> RunConfig:
-    """A configuration of nothing but overrides, with the loader's own errors."""
-    root = Node({}, COMMAND_LINE)
-    for text in overrides:
-        root = _override(root, text)
-    builder = Builder()
-    config = builder.dataclass(RunConfig, root, "")
-    if builder.problems:
-        raise one_error(builder.problems, "the options")
-    assert isinstance(config, RunConfig)
-    vars(config)["_origins"] = builder.origins
     return config
 
 

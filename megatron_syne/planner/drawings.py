@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_syne.config.learning_rate import LearningRate, Schedule
+from megatron_syne.config.learning_rate import LearningRate, Schedule, key_points
 from megatron_syne.config.schema import ModelConfig, ParallelConfig, RunConfig
 from megatron_syne.data.mixture.plan import MixturePlan
 from megatron_syne.data.mixture.planning import plan_mixture
@@ -239,20 +239,9 @@ def _learning_rate(
 
 def _key_points(schedule: Schedule, plan: MixturePlan, rate: LearningRate) -> list[KeyPoint]:
     """Where something begins or ends, in order; of those that fall on one sample the first."""
-    first, end = schedule.first_sample, schedule.first_sample + schedule.samples
-    found = [("first step", first)]
-    if schedule.warmup_end > first:
-        found.append(("end of warm-up", schedule.warmup_end))
-    if schedule.rates.lr_decay_style == "WSD" and schedule.decay.length:
-        decay = schedule.decay
-        found.append(
-            ("start of decay", plan.sample_at_tokens(decay.start) if decay.in_tokens else decay.start)
-        )
-    if first < schedule.decay_end < end:
-        found.append(("end of decay", schedule.decay_end))
-    found.append(("last step", plan.sample_at(plan.iteration_at(end) - 1)))
     stage = f"{schedule.name}: " if schedule.name else ""
-    named = {sample: stage + name for name, sample in reversed(found) if sample < plan.num_samples}
+    found = [(name, sample) for name, sample in key_points(schedule, plan) if sample < plan.num_samples]
+    named = {sample: stage + name for name, sample in reversed(found)}
     return _at([(name, sample) for sample, name in sorted(named.items())], plan, rate)
 
 

@@ -94,7 +94,8 @@ def recompute_name(memory: MemoryConfig) -> str:
         return "all layers" if size == 1 else f"all layers, {size} at a time"
     if memory.recompute_num_layers is None:
         return "all layers, block"
-    return f"{memory.recompute_num_layers} layers of a chunk"
+    count = memory.recompute_num_layers
+    return f"{count} layer{'' if count == 1 else 's'} of a chunk"
 
 
 def largest_chunk(parallel: ParallelConfig, num_layers: int) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from itertools import groupby
 
-from megatron_syne.config.learning_rate import LearningRate, Schedule
+from megatron_syne.config.learning_rate import LearningRate, Schedule, key_points
 from megatron_syne.config.schema import ModelConfig, RunConfig
 from megatron_syne.config.stages import leg_config, legs, stage_model, trains
 from megatron_syne.data.mixture.plan import MixturePlan, Segment
@@ -66,19 +66,9 @@ def _shape(schedule: Schedule) -> str:
 
 def _key_points(schedule: Schedule, plan: MixturePlan, rate: LearningRate) -> list[str]:
     """The steps at which something begins or ends: iterations before the step, learning rate of the step."""
-    first, end = schedule.first_sample, schedule.first_sample + schedule.samples
-    points = {"first step": first}
-    if schedule.warmup_end > first:
-        points["end of warm-up"] = schedule.warmup_end
-    if schedule.rates.lr_decay_style == "WSD" and schedule.decay.length:
-        decay = schedule.decay
-        points["start of decay"] = plan.sample_at_tokens(decay.start) if decay.in_tokens else decay.start
-    if first < schedule.decay_end < end:
-        points["end of decay"] = schedule.decay_end
-    points["last step"] = plan.sample_at(plan.iteration_at(end) - 1)
     return [
         f"{name:<15} iteration {_iterations(plan, sample):>10g}   {rate.at(sample):.4g}"
-        for name, sample in sorted(points.items(), key=lambda point: point[1])
+        for name, sample in key_points(schedule, plan)
     ]
 
 
