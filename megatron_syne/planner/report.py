@@ -134,7 +134,7 @@ def _step_text(names: Sequence[str], stage: Facts) -> list[str]:
         f"{stage['seq_length']:,} in {stage['num_microbatches']} micro-batches of {stage['micro_batch_size']}",
         f"  {stage['tokens_per_second_per_gpu']:,.0f} tokens/s/GPU, "
         f"{stage['model_flops_per_second_per_gpu'] / 1e12:,.0f} model TFLOP/s/GPU, MFU {stage['mfu']:.1%}, "
-        f"bubble {stage['bubble']:.1%}, exposed communication "
+        f"bubble {stage['bubble']:.1%} of the busiest stage, exposed communication "
         f"{stage['exposed_communication_seconds'] / seconds:.1%}",
         *_wrapped(f"  a step takes {seconds:.3f} s: " + ", ".join(parts)),
         f"  a checkpoint takes {stage['checkpoint_seconds']:.0f} s",
