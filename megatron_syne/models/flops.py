@@ -9,7 +9,8 @@ Kaplan et al., arXiv 2001.08361, section 2.1, and PaLM, arXiv 2204.02311, append
 Causal attention is counted once: at position i a token attends to i tokens, ``seq / 2`` on average, for two
 matrix products (scores, values), so ``6 x 2 x seq / 2``. A sliding window attends to less. What is computed
 again (recompute), norms, rotary embedding, softmax, the loss and the optimizer do not count; nor does padding of
-the vocabulary. For Llama-3 8B at 8,192 tokens this is 5.15e10, as Megatron-Bridge counts since 25.09; its older
+the vocabulary. Frozen parameters count as if they trained: such runs do less, and their TFLOP/s and MFU read too
+high. For Llama-3 8B at 8,192 tokens this is 5.15e10, as Megatron-Bridge counts since 25.09; its older
 tables and torchtitan count attention without the causal half (5.79e10).
 """
 

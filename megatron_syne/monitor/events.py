@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -55,17 +56,18 @@ def tag_of(name: str) -> str:
 
 
 def dashboard(sources: Iterable[str], num_layers: int) -> dict[str, dict[str, list[Any]]]:
-    """What belongs beside each other, for the custom scalars page: sources of one chart as lines, each a tag."""
+    """What belongs beside each other, for the custom scalars page: sources of one chart as lines, each a pattern that
+    tensorboard matches against the beginning of a tag."""
 
     def lines(*tags: str) -> list[Any]:
-        return ["Multiline", list(tags)]
+        return ["Multiline", [f"{re.escape(tag)}$" for tag in tags]]
 
     names = list(sources)
     groups = ["embedding", *(f"layer_{n}" for n in range(num_layers)), "final_norm", "output_layer"]
     return {
         "loss": {
             "training loss by source": lines("train/loss", *(f"train_loss/{name}" for name in names)),
-            "validation loss by source": lines("validation_loss/.*"),
+            "validation loss by source": ["Multiline", ["validation_loss/.*"]],
         },
         "norms": {
             "gradient norm by layer": lines("train/grad_norm", *(f"grad_norm/{name}" for name in groups)),

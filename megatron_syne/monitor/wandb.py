@@ -1,13 +1,20 @@
 """A run on Weights & Biases, where ``monitor.wandb_project`` asks for it: on rank 0 alone, imported only then.
 
-Only figures and options go there: no code, no output of the console, nothing of the machine, its environment or
-the repository. The run keeps its id in the run folder and goes on under it. Key, server and ``WANDB_MODE`` are the
-package's own environment.
+Only figures and the configuration (with its paths, without the launch section) go there: no code, no output of the
+console, nothing of the machine, its environment or the repository. The run keeps its id in the run folder and goes on
+under it. Key, server and ``WANDB_MODE`` are the package's own environment. Once begun, nothing that goes wrong with it
+ends the training.
+
+Every record has its ``step`` among its values, over which the curves are drawn; the service's own step only counts
+records: it drops what is sent for a step that it believes to be over, as are an evaluation made up for on resume and
+the steps that a killed run repeats.
 """
 
 from __future__ import annotations
 
 import secrets
+import sys
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,7 +35,9 @@ ID_FILE = "wandb_id"
 def require_wandb(config: RunConfig) -> None:
     """Raises ConfigError where the run asks for Weights & Biases and the package is not installed."""
     project = config.monitor.wandb_project
-    if project is not None and find_spec("wandb") is None:
+    found = find_spec("wandb") if project is not None else None
+    # a folder of that name, as the package itself leaves them, is found as well, but has no file
+    if project is not None and (found is None or found.origin is None):
         raise ConfigError(
             f"monitor.wandb_project = {project}: the package wandb is not installed on this machine: "
             "pip install wandb, or set monitor.wandb_project=null"
@@ -74,42 +83,54 @@ class WandbRun(Callback):
             raise ConfigError(
                 f"monitor.wandb_project = {self.project}: {error}; log in with `wandb login`, or set WANDB_MODE=offline"
             ) from error
-        # what the harness finds for an earlier step must not wait for the present one
-        self.run.define_metric("harness/step")
-        self.run.define_metric("harness/*", step_metric="harness/step")
+        self._send(lambda run: run.define_metric("step"))
+        self._send(lambda run: run.define_metric("*", step_metric="step"))
 
     def on_step_end(self, trainer: Trainer, metrics: dict[str, float]) -> None:
-        """The step's metrics; a resumed run repeats steps to the bit, and the service drops what it has."""
+        """The step's metrics, and what fell back from FP8 in it."""
         if not is_due(trainer, metrics):
             return
         values = {name: value for name, value in metrics.items() if not is_per_layer(name)}
         values |= {**tokens_read(trainer), "stage_number": stage_number(trainer)}
-        self.run.log(values, step=trainer.state.step)
+        self._log(trainer.state.step, values)
         for event in fp8_events(trainer):
-            self.run.alert(title="FP8 fell back to bf16", text=event["reason"])
+            reason = event["reason"]
+            self._send(lambda run, reason=reason: run.alert(title="FP8 fell back to bf16", text=reason))
 
     def on_evaluation(self, trainer: Trainer, losses: dict[str, float]) -> None:
         """``validation/<source>``."""
-        values = {f"validation/{name}": loss for name, loss in losses.items()}
-        self.run.log(values, step=trainer.state.step)
+        self._log(trainer.state.step, {f"validation/{name}": loss for name, loss in losses.items()})
 
     def on_harness(self, trainer: Trainer, step: int, metrics: dict[str, float]) -> None:
-        """``harness/<task>/<metric>`` over ``harness/step``."""
-        values = {f"harness/{name}": value for name, value in metrics.items()}
-        self.run.log({"harness/step": step, **values})
+        """``harness/<task>/<metric>``, at the checkpoint's step."""
+        self._log(step, {f"harness/{name}": value for name, value in metrics.items()})
 
     def on_train_end(self, trainer: Trainer) -> None:
         """Send the rest."""
-        self.run.finish()
+        self._send(lambda run: run.finish())
 
     def on_exception(self, trainer: Trainer, error: BaseException) -> None:
         """Marked as failed there."""
-        if self.run is not None:
-            self.run.finish(exit_code=1)
+        self._send(lambda run: run.finish(exit_code=1))
 
     def own_id(self) -> str:
         """The id of this run folder, made once."""
         path = self.run_dir / ID_FILE
         if not path.exists():
-            path.write_text(secrets.token_hex(4) + "\n")
+            temporary = path.with_name(path.name + ".tmp")
+            temporary.write_text(secrets.token_hex(4) + "\n")
+            temporary.replace(path)
         return path.read_text().strip()
+
+    def _log(self, step: int, values: dict[str, float]) -> None:
+        self._send(lambda run: run.log({"step": step, **values}))
+
+    def _send(self, what: Callable[[Any], object]) -> None:
+        """Do something with the run; where that fails (its service is gone, the disk is full) this is the last."""
+        if self.run is None:
+            return
+        try:
+            what(self.run)
+        except Exception as error:  # whatever it is, the training is worth more
+            self.run = None
+            print(f"Weights & Biases: {error}; nothing more is logged there", file=sys.stderr)

@@ -1,4 +1,5 @@
-"""gloo as the CPU platform uses it: groups of one rank share a network thread and run no collectives.
+"""gloo as the CPU platform uses it: groups of one rank share a network thread, and DDP's
+collectives in them are copies.
 
 Neither changes a number. Without them a step of one process with two OpenMP threads takes 1.3 times as long.
 """

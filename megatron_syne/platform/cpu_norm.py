@@ -62,7 +62,7 @@ class _RmsNorm(torch.autograd.Function):
         width = x.shape[-1]
         above, wide_weight = gradients[0].float(), weight.float()
         normed = x * scale
-        product = (above * normed).view(-1, width)
+        product = (above * normed).reshape(-1, width)
         mean = torch.mv(product, wide_weight).div_(-width).view(scale.shape)
         below = (above * wide_weight).addcmul_(normed, mean).mul_(scale)
         return below.to(x.dtype), product.sum(dim=0).to(weight.dtype), None

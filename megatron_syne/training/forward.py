@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.nn.functional import one_hot
 
 from megatron_syne.models.embedding_noise import announce_samples
 from megatron_syne.parallel.context import own_batch
@@ -76,8 +77,8 @@ def by_source(
     own = each.sum()
     each = torch.where(own == 0, each, whole * (each / own))
     values = torch.cat([each, mask.sum(dim=1, dtype=torch.float64)])
-    result = torch.zeros(2 * sources, dtype=torch.float64, device=weighted.device)
-    return result.index_add_(0, torch.cat([source_ids, source_ids + sources]), values)
+    # index_add_ has no fixed order on a GPU
+    return values @ one_hot(torch.cat([source_ids, source_ids + sources]), 2 * sources).double()
 
 
 def reduce_over_world(

@@ -16,6 +16,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
+from torch.nn.functional import one_hot
 
 from megatron_syne.models.gpt import named_parameters
 
@@ -58,7 +59,7 @@ def sums_of_squares(
     column = {name: number for number, name in enumerate(group_names(num_layers))}
     first = parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0
     optimizers = getattr(optimizer, "chained_optimizers", [optimizer])
-    tensors: list[torch.Tensor] = []
+    norms: list[torch.Tensor] = []  # at once: a copy of an FP8 parameter in fp32 must not wait for the others
     places: list[int] = []
     counts = [0.0] * len(column)
     for chunk in chunks:
@@ -75,17 +76,17 @@ def sums_of_squares(
             if parameter.requires_grad:
                 buffer: Any = parameter
                 gradient = buffer.main_grad.view(-1)[held]
-                tensors.append(gradient)
+                norms.append(torch.linalg.vector_norm(gradient, dtype=torch.float32))
                 places.append(column[group_of(name)])
                 counts[places[-1]] += gradient.numel()
-            tensors.append(_values(parameter)[held])
+            norms.append(torch.linalg.vector_norm(_values(parameter)[held], dtype=torch.float32))
             places.append(2 * len(column))
     result = torch.zeros(2 * len(column) + 1, dtype=torch.float64, device=device)
-    if tensors:
-        norms = torch.stack([torch.linalg.vector_norm(each, dtype=torch.float32) for each in tensors])
+    if norms:
         # the host's two small lists go over without waiting for the device
         where = torch.tensor(places).to(device, non_blocking=True)
-        result.index_add_(0, where, norms.double() ** 2)
+        squares = torch.stack(norms).double() ** 2
+        result += squares @ one_hot(where, len(result)).double()  # index_add_ has no fixed order on a GPU
         numbers = torch.tensor(counts, dtype=torch.float64).to(device, non_blocking=True)
         result[len(column) : -1] = numbers
     return result

@@ -12,7 +12,7 @@ import pytest
 
 from megatron_syne.config.schema import MonitorConfig, RunConfig
 from megatron_syne.errors import ConfigError
-from megatron_syne.monitor.wandb import WandbRun
+from megatron_syne.monitor.wandb import WandbRun, require_wandb
 
 
 class Service:
@@ -20,7 +20,9 @@ class Service:
 
     def __init__(self) -> None:
         self.begun: list[dict[str, Any]] = []
-        self.logged: list[tuple[int | None, dict[str, float]]] = []
+        self.logged: list[dict[str, float]] = []
+        self.metrics: list[tuple[str, str | None]] = []
+        self.gone = False
         self.ended: list[int] = []
         self.refuses = False
 
@@ -35,13 +37,19 @@ class Service:
                 raise found.Error("api_key not configured (no-tty)")
             self.begun.append(options)
             return SimpleNamespace(
-                define_metric=lambda *args, **kwargs: None,
-                log=lambda values, step=None: self.logged.append((step, values)),
+                define_metric=lambda name, step_metric=None: self.metrics.append((name, step_metric)),
+                log=self.log,
                 finish=lambda exit_code=0: self.ended.append(exit_code),
             )
 
         found.init = init
         return found
+
+    def log(self, values: dict[str, float]) -> None:
+        """Without a step of its own: the service drops records of steps that it believes to be over."""
+        if self.gone:
+            raise BrokenPipeError("the service is gone")
+        self.logged.append(values)
 
 
 @pytest.fixture
@@ -85,11 +93,35 @@ def test_figures_and_options_and_nothing_else_go_there(tmp_path: Path, service: 
     run.on_harness(trainer_at(3), 2, {"arc/acc": 0.5})
     run.on_train_end(trainer_at(3))
     assert service.logged == [
-        (2, {"loss": 2.0, "tokens/en": 64.0 * 16, "stage_number": 1}),
-        (3, {"validation/zh": 2.5}),
-        (None, {"harness/step": 2, "harness/arc/acc": 0.5}),
+        {"step": 2, "loss": 2.0, "tokens/en": 64.0 * 16, "stage_number": 1},
+        {"step": 3, "validation/zh": 2.5},
+        {"step": 2, "harness/arc/acc": 0.5},
     ]
+    assert service.metrics == [("step", None), ("*", "step")]
     assert service.ended == [0]
+
+
+def test_a_service_that_is_gone_ends_nothing(
+    tmp_path: Path, service: Service, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = run_of(tmp_path)
+    run.on_train_start(trainer_at(0))
+    service.gone = True
+    run.on_step_end(trainer_at(2), {"loss": 2.0})
+    run.on_step_end(trainer_at(4), {"loss": 2.0})
+    run.on_train_end(trainer_at(4))
+    assert service.ended == []
+    assert capsys.readouterr().err.splitlines() == [
+        "Weights & Biases: the service is gone; nothing more is logged there"
+    ]
+
+
+def test_a_folder_of_that_name_is_not_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "wandb").mkdir()
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    with pytest.raises(ConfigError, match="the package wandb is not installed"):
+        require_wandb(RunConfig(monitor=MonitorConfig(wandb_project="synelm")))
 
 
 def test_a_run_goes_on_under_its_id(tmp_path: Path, service: Service) -> None:

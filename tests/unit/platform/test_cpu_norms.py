@@ -10,6 +10,23 @@ import torch
 from megatron_syne.platform.cpu_norm import LocalNorm
 
 
+def test_it_takes_any_strides() -> None:
+    config = SimpleNamespace(
+        normalization="RMSNorm",
+        layernorm_zero_centered_gamma=False,
+        params_dtype=torch.float32,
+        sequence_parallel=False,
+    )
+    torch.manual_seed(0)
+    norm = LocalNorm(config, 16)
+    x = torch.randn(3, 5, 16).transpose(0, 1).requires_grad_()
+    direction = torch.randn(3, 16, 5).permute(2, 0, 1)
+    (norm(x) * direction).sum().backward()  # a gradient and an input that are not contiguous
+    found, x.grad = x.grad, None
+    (torch.nn.functional.rms_norm(x, (16,), norm.weight, norm.eps) * direction).sum().backward()
+    torch.testing.assert_close(found, x.grad, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("zero_centered", [False, True], ids=["plain", "zero-centred"])
 @pytest.mark.parametrize("normalization", ["RMSNorm", "LayerNorm"])
