@@ -8,9 +8,10 @@
     python tools/plan.py --config run.yaml --search --gpus 64 128 256        a line for each number of GPUs
 
 Nothing is started and no GPU is needed. A configuration is read and checked as by the trainer; what cannot run is
-refused with the same words. Predictions are closed formulas; the last line says how far they were off where
-others have published what they measured. Exit codes: 0 planned, 1 planned and does not fit, 64 wrong option or
-configuration, 65 damaged input, 66 no such input, 73 a picture cannot be created.
+refused with the same words. Predictions are closed formulas; the last lines say how far they were off where
+others have published what they measured, and whether the plan lies outside of that. Exit codes: 0 planned, 1
+planned and does not fit, 64 wrong option or configuration, 65 damaged input, 66 no such input, 73 a picture cannot
+be created.
 """
 
 from __future__ import annotations

@@ -4,16 +4,58 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
+import sys
 import textwrap
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from megatron_syne.errors import CannotCreate, ConfigError
+from megatron_syne.errors import DISK_ERRNOS, CannotCreate, ConfigError
 
 DPI = 100
-STYLE: Any = {"font.size": 11, "axes.titlesize": 13, "hatch.linewidth": 0.6, "axes.axisbelow": True}
+CJK_FONTS = (
+    "Noto Sans CJK SC",
+    "Noto Sans CJK JP",
+    "WenQuanYi Zen Hei",
+    "Source Han Sans",
+    "SimHei",
+    "PingFang SC",
+    "Microsoft YaHei",
+)
+"""Those for what DejaVu Sans has no letters for; of them the installed ones are used."""
+_told_missing: set[str] = set()
+"""Letters of which it was said already: a plan is several pictures with one name."""
+_MISSING_GLYPH = re.compile(r"Glyph (\d+) .*missing from")
+
+
+def style() -> Any:
+    """What all pictures share. No text is a formula: a dollar sign in a name is that and nothing more."""
+    from matplotlib.font_manager import fontManager
+
+    installed = {font.name for font in fontManager.ttflist}
+    return {
+        "font.family": ["DejaVu Sans", *(name for name in CJK_FONTS if name in installed)],
+        "text.parse_math": False,
+        "axes.formatter.use_mathtext": False,
+        "font.size": 11,
+        "axes.titlesize": 13,
+        "hatch.linewidth": 0.6,
+        "axes.axisbelow": True,
+    }
+
+
+@contextmanager
+def created(path: Path) -> Iterator[None]:
+    """Around the making of a file: CannotCreate where its name or folder cannot be had; a full disk stays OSError."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in DISK_ERRNOS:
+            raise
+        raise CannotCreate(f"{path}: cannot be created: {error.strerror}") from None
 
 
 @contextmanager
@@ -41,27 +83,50 @@ def picture(
     from matplotlib.figure import Figure
 
     temporary = path.with_name(path.name + ".tmp")
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.rc_context(style()), _missing_glyphs(path):
         figure = Figure(figsize=(width / DPI, height / DPI), dpi=DPI, layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.subplots(rows, columns, squeeze=False, height_ratios=heights, width_ratios=widths)
         yield list(axes.flat)
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            # without the library's version in it: the same numbers give the same bytes
-            figure.savefig(temporary, format="png", dpi=DPI * scale, metadata={"Software": None})
-            os.replace(temporary, path)
-        except (
-            PermissionError,
-            FileExistsError,
-            FileNotFoundError,
-            NotADirectoryError,
-            IsADirectoryError,
-        ) as error:
-            raise CannotCreate(f"{path}: cannot be created: {error.strerror}") from None
+            with created(path):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                # without the library's version in it: the same numbers give the same bytes
+                figure.savefig(temporary, format="png", dpi=DPI * scale, metadata={"Software": None})
+                os.replace(temporary, path)
         finally:
             with contextlib.suppress(OSError):
                 temporary.unlink()
+
+
+@contextmanager
+def _missing_glyphs(path: Path) -> Iterator[None]:
+    """Letters that no font here has, told in one line on stderr in place of a warning for each."""
+    missing: list[str] = []
+    with warnings.catch_warnings():
+        warnings.filterwarnings("always", message="Glyph .* missing from")
+        shown = warnings.showwarning
+
+        def show(message: Warning | str, *rest: Any, **options: Any) -> None:
+            found = _MISSING_GLYPH.match(str(message))
+            if found:
+                letter = chr(int(found[1]))
+                if letter not in _told_missing:
+                    _told_missing.add(letter)
+                    missing.append(letter)
+            else:
+                shown(message, *rest, **options)
+
+        warnings.showwarning = show
+        yield
+    if missing:
+        letters = "".join(missing[:20]) + ("..." if len(missing) > 20 else "")
+        print(
+            f"note: {path}: no installed font has {letters!r}, drawn as boxes; the .html output shows "
+            "them, or install one such as Noto Sans CJK",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def colours(names: Sequence[str]) -> dict[str, Any]:
@@ -80,6 +145,18 @@ def tokens_axis(axis: Any) -> None:
     from matplotlib.ticker import FuncFormatter
 
     axis.set_major_formatter(FuncFormatter(lambda value, position: tokens_text(value)))
+
+
+def log_axis(axis: Any, form: str = "{:g}", base: float = 10) -> None:
+    """Write the numbers of a logarithmic axis without a formula, where matplotlib would write any."""
+    from matplotlib.ticker import LogFormatterSciNotation
+
+    class Plain(LogFormatterSciNotation):
+        def __call__(self, x: float, pos: int | None = None) -> str:
+            return form.format(x) if super().__call__(x, pos) else ""
+
+    axis.set_major_formatter(Plain(base))
+    axis.set_minor_formatter(Plain(base))
 
 
 def tokens_text(tokens: float) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from megatron_syne.pictures.canvas import colours, picture, tokens_axis
+from megatron_syne.pictures.canvas import colours, log_axis, picture, tokens_axis
 
 
 def draw_lengths(
@@ -21,6 +21,7 @@ def draw_lengths(
                 documents[name], edges, color=shade[name], label=name, linewidth=2, fill=len(names) == 1
             )
         left.set_xscale("log", base=2)
+        log_axis(left.xaxis, "{:,.0f}", base=2)
         left.set_xlabel("tokens of a document")
         left.set_ylabel("documents")
         tokens_axis(left.yaxis)

@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_syne.errors import CannotCreate, ConfigError
-from megatron_syne.pictures.canvas import colours
+from megatron_syne.errors import ConfigError
+from megatron_syne.pictures.canvas import colours, created
 
 _PAGE = """<!DOCTYPE html>
 <html lang="en">
@@ -58,17 +58,10 @@ def page(path: str | Path, title: str, figures: Sequence[Any]) -> None:
     text = _PAGE.format(title=html.escape(title), library=get_plotlyjs(), body=body)
     temporary = path.with_name(path.name + ".tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    except (
-        PermissionError,
-        FileExistsError,
-        FileNotFoundError,
-        NotADirectoryError,
-        IsADirectoryError,
-    ) as error:
-        raise CannotCreate(f"{path}: cannot be created: {error.strerror}") from None
+        with created(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary.write_text(text, encoding="utf-8")
+            os.replace(temporary, path)
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()

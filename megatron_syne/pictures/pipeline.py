@@ -46,16 +46,28 @@ def bubble_share(tasks: Sequence[Pass]) -> float:
     return max(0.0, 1.0 - sum(task.end - task.begin for task in tasks) / (span * stages))
 
 
-def draw_pipeline(path: str | Path, tasks: Sequence[Pass], title: str) -> None:
+def waiting(tasks: Sequence[Pass]) -> list[float]:
+    """Share of the time, up to the last one's end, in which each stage waits."""
+    end = max(task.end for task in tasks)
+    busy = [0.0] * (1 + max(task.stage for task in tasks))
+    for task in tasks:
+        busy[task.stage] += task.end - task.begin
+    return [1 - seconds / end for seconds in busy]
+
+
+def draw_pipeline(
+    path: str | Path, tasks: Sequence[Pass], title: str, waits: Sequence[float] | None = None
+) -> None:
     """The whole step and, where its passes are too narrow to be told apart, how it fills and drains.
 
-    The bubble's share and the sizes are added to ``title``.
+    The bubble's share and the sizes are added to ``title``. ``waits``: the share of the whole step that each stage
+    waits, where ``tasks`` lack the steady middle of a long one; the title says so.
     """
     stages = 1 + max(task.stage for task in tasks)
     end = max(task.end for task in tasks)
     forward = sorted(task.end - task.begin for task in tasks if task.kind == "forward")
     window = (WIDTH - 230) / _needed(max(task.micro_batch for task in tasks)) * forward[len(forward) // 4]
-    parts, width = [("the whole step", 0.0, end)], WIDTH
+    parts, width = [("the whole step" if waits is None else "the step without its middle", 0.0, end)], WIDTH
     if window < 0.7 * end:
         parts += [("how it fills", 0.0, min(window, end)), ("how it drains", max(0.0, end - window), end)]
     elif window < end:
@@ -66,32 +78,36 @@ def draw_pipeline(path: str | Path, tasks: Sequence[Pass], title: str) -> None:
             whole = until - begin >= end
             numbers = not whole or len(parts) == 1
             _draw(axis, tasks, begin, until, _unit(end), width - 230 if numbers else 0)
+            if waits is not None:
+                axis.set_xlabel(f"time without the middle, {_unit(end)[1]}")
             if len(parts) > 1:
                 axis.set_title(words, loc="left", fontsize=11)
-        idle(axes[0], tasks, stages, end)
-        axes[0].figure.suptitle(wrapped(headline(tasks, title, "\n"), width), fontsize=13)
+        idle(axes[0], waiting(tasks) if waits is None else waits)
+        axes[0].figure.suptitle(wrapped(headline(tasks, title, "\n", waits), width), fontsize=13)
         _legend(axes[0].figure, tasks)
 
 
-def headline(tasks: Sequence[Pass], title: str, between: str) -> str:
-    """``title``, then ``between``, then the schedule's name, its sizes and the bubble's share."""
+def headline(tasks: Sequence[Pass], title: str, between: str, waits: Sequence[float] | None = None) -> str:
+    """``title``, then ``between``, then the schedule's name, its sizes, what is left out and the bubble's share."""
     stages, chunks = (1 + max(getattr(task, name) for task in tasks) for name in ("stage", "chunk"))
     batches = 1 + max(task.micro_batch for task in tasks)
     name = f"interleaved 1F1B, {stages} stages of {chunks} chunks" if chunks > 1 else f"1F1B, {stages} stages"
-    return f"{title}{between}{name}, {batches} micro-batches; bubble {bubble_share(tasks):.1%} of the stages' time"
+    if waits is None:
+        count, share = f"{batches} micro-batches", bubble_share(tasks)
+    else:
+        drawn, share = len({task.micro_batch for task in tasks}), max(0.0, sum(waits) / len(waits))
+        count = f"{batches:,} micro-batches, drawn the first {drawn - drawn // 2} and the last {drawn // 2}"
+    return f"{title}{between}{name}, {count}; bubble {share:.1%} of the stages' time"
 
 
-def idle(axis: Any, tasks: Sequence[Pass], stages: int, end: float) -> None:
+def idle(axis: Any, waits: Sequence[float]) -> None:
     """Write at the right of each stage which share of the step it waits."""
-    busy = [0.0] * stages
-    for task in tasks:
-        busy[task.stage] += task.end - task.begin
-    for stage, seconds in enumerate(busy):
-        text = f" waits {1 - seconds / end:.1%}"
+    for stage, share in enumerate(waits):
+        text = f" waits {share:.1%}"
         axis.text(1.0, stage, text, transform=axis.get_yaxis_transform(), va="center", fontsize=9)
 
 
-def pipeline_figure(tasks: Sequence[Pass], title: str) -> Any:
+def pipeline_figure(tasks: Sequence[Pass], title: str, waits: Sequence[float] | None = None) -> Any:
     """The same for a page: a figure of plotly to zoom into."""
     from plotly.graph_objects import Bar, Figure
 
@@ -115,9 +131,9 @@ def pipeline_figure(tasks: Sequence[Pass], title: str) -> Any:
         )
     figure.update_layout(
         barmode="overlay",
-        title=headline(tasks, title, "<br>"),
+        title=headline(tasks, title, "<br>", waits),
         height=220 + 40 * stages,
-        xaxis_title=f"time, {unit}",
+        xaxis_title=f"time{'' if waits is None else ' without the middle'}, {unit}",
         template="plotly_white",
         plot_bgcolor="#eeeeee",  # what shows between the passes is the bubble
     )

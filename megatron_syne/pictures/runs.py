@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_syne.pictures.canvas import colours, picture, tokens_axis
+from megatron_syne.pictures.canvas import colours, log_axis, picture, tokens_axis
 from megatron_syne.pictures.page import css_colours, page, plotly_colours
 
 Values = Sequence[float] | NDArray[Any]
@@ -76,7 +76,7 @@ def draw_runs(path: str | Path, curves: Curves) -> None:
     columns = 1 if len(curves.panels) == 1 else 2
     rows = -(-len(curves.panels) // columns)
     with picture(path, 800 * columns + 100, 400 * rows + 60, rows, columns) as axes:
-        axes[0].figure.suptitle(_plain(curves.title))
+        axes[0].figure.suptitle(curves.title)
         for axis, panel in zip(axes, curves.panels, strict=False):
             draw_panel(axis, curves, panel)
         for axis in axes[len(curves.panels) :]:
@@ -121,24 +121,20 @@ def x_range(curves: Curves) -> tuple[float, float]:
     return min(ends) - margin, max(ends) + margin
 
 
-def _plain(text: str) -> str:
-    """matplotlib takes what stands between dollar signs for a formula."""
-    return text.replace("$", r"\$")
-
-
 def draw_panel(axis: Any, curves: Curves, panel: Panel) -> None:
     """Draw on axes of matplotlib."""
     labels, several = _labels(panel), len(curves.runs) > 1
     by_label, by_run, many = _shades(labels), colours(curves.runs), len(labels) > 20
-    axis.set_title(_plain(panel.title))
+    axis.set_title(panel.title)
     axis.set_xlabel(curves.x_label)
     axis.set_ylabel(panel.unit)
     axis.grid(alpha=0.3)
     axis.set_xlim(x_range(curves))
     if panel.log:
         axis.set_yscale("log")
+        log_axis(axis.yaxis)
     else:
-        axis.ticklabel_format(axis="y", scilimits=(-3, 6), useMathText=True)
+        axis.ticklabel_format(axis="y", scilimits=(-3, 6))
     if curves.x_kind == "tokens":
         tokens_axis(axis.xaxis)
     if panel.stacked:
@@ -178,7 +174,7 @@ def _mark_stages(axis: Any, curves: Curves) -> None:
         axis.text(
             x,
             0.02,
-            f" {_plain(name)}",
+            f" {name}",
             transform=axis.get_xaxis_transform(),
             rotation=90,
             ha="left",
@@ -201,7 +197,7 @@ def _legend(axis: Any, curves: Curves, panel: Panel, by_label: Any, by_run: Any)
             label = labels[place]
             if panel.stacked:
                 handles.insert(
-                    0, Patch(facecolor=by_label[label], edgecolor="black", linewidth=0.3, label=_plain(label))
+                    0, Patch(facecolor=by_label[label], edgecolor="black", linewidth=0.3, label=label)
                 )
             else:
                 style: Any = (
@@ -216,16 +212,14 @@ def _legend(axis: Any, curves: Curves, panel: Panel, by_label: Any, by_run: Any)
                         linestyle=style,
                         marker=mark,
                         markersize=4,
-                        label=_plain(label),
+                        label=label,
                     )
                 )
     if several:
         for run in sorted({line.run for line in panel.lines}):
             name = curves.runs[run]
             shade = "black" if len(labels) > 1 else by_run[name]
-            handles.append(
-                Line2D([], [], color=shade, linestyle=_STYLES[run % len(_STYLES)], label=_plain(name))
-            )
+            handles.append(Line2D([], [], color=shade, linestyle=_STYLES[run % len(_STYLES)], label=name))
     if handles:
         outside: Any = {"loc": "upper left", "bbox_to_anchor": (1.0, 1.0)} if len(handles) > 10 else {}
         axis.legend(handles=handles, fontsize="small", framealpha=0.8, handlelength=3, **outside)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import math
+import errno
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import replace
@@ -12,8 +13,10 @@ from pathlib import Path
 from megatron_syne.config.arithmetic import tokens_per_step
 from megatron_syne.config.loader import config_of, config_origin, load_config
 from megatron_syne.config.schema import ModelConfig, RunConfig
-from megatron_syne.errors import ConfigError
-from megatron_syne.models.config import PRESETS
+from megatron_syne.config.stages import stage_batch
+from megatron_syne.data.mixture.ramp import batch_rows, check_ramp
+from megatron_syne.errors import ConfigError, DataError, MissingInput
+from megatron_syne.models.config import PRESETS, resolve_model
 from megatron_syne.models.hf_config import model_config_from_hf
 from megatron_syne.models.json_file import read_json
 
@@ -46,6 +49,9 @@ GIVEN_BY_DEFAULT = (
 )
 """What a run given by ``--model`` has: overlapped communication of the sharded optimizer, as a run on GPUs should."""
 
+MOST_LAYERS = 1000
+"""More is a mistake in a ``config.json``: released models have up to 126; a search with many more takes minutes."""
+
 
 def configuration(options: argparse.Namespace, overrides: Sequence[str]) -> RunConfig:
     """The run that is planned: the file's, or one that says what ``--model`` and its options say."""
@@ -63,7 +69,7 @@ def configuration(options: argparse.Namespace, overrides: Sequence[str]) -> RunC
                 f"--{', --'.join(names)}: with --model alone; a configuration says it itself, or is told otherwise "
                 f"by section.option=value"
             )
-        return load_config(options.config, overrides)
+        return _read(options.config, overrides)
     texts = [*GIVEN_BY_DEFAULT, *(f"{key}={value}" for key, value in given.items())]
     if options.precision is not None:
         if options.precision not in PRECISIONS:
@@ -81,32 +87,71 @@ def configuration(options: argparse.Namespace, overrides: Sequence[str]) -> RunC
     if config_origin(config, "parallel.sequence_parallel") == "default":
         config.parallel.sequence_parallel = config.parallel.tensor_model_parallel_size > 1
     if config.train.train_iters is None and tokens_per_step(config) > 0:
-        tokens = token_count(options.tokens or "1B")
-        config.train.train_iters = math.ceil(tokens / tokens_per_step(config))
+        config.train.train_iters = _iterations(config, token_count(options.tokens or "1B"))
     return config
+
+
+def resolved(config: RunConfig) -> ModelConfig:
+    """The run's model, every field filled; DataError (of an option: ConfigError) for more layers than a model has."""
+    model = resolve_model(config.model)
+    if (model.num_layers or 0) > MOST_LAYERS:
+        wanted = f"a plan takes at most {MOST_LAYERS:,}"
+        if config_origin(config, "model.num_layers") != "default":
+            raise ConfigError(f"model.num_layers = {model.num_layers:,}: {wanted}")
+        raise DataError(f"config.json of the model: num_hidden_layers = {model.num_layers:,}; {wanted}")
+    return model
+
+
+def _read(path: str, overrides: Sequence[str]) -> RunConfig:
+    try:
+        return load_config(path, overrides)
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        raise MissingInput(f"--config: no file has so long a name: {path[:60]}...") from None
+
+
+def _iterations(config: RunConfig, tokens: int) -> int:
+    """Steps that train at least so many tokens, the smaller ones of a ramp among them."""
+    _, batch, ramp = stage_batch(config, 0)
+    check_ramp(ramp, batch, "train.rampup_batch_size")
+    samples, steps = -(-tokens // config.data.seq_length), 0
+    for size, most in batch_rows(batch, ramp):
+        count = -(-samples // size) if most is None else min(most, -(-samples // size))
+        samples, steps = samples - count * size, steps + count
+        if samples <= 0:
+            break
+    return steps
 
 
 def _model(name: str, given: ModelConfig) -> ModelConfig:
     """The model that ``--model`` names, with the fields given by overrides on top."""
-    path = Path(name)
-    if path.is_dir():
-        return replace(given, hf_path=name)
-    if path.is_file():
-        own = model_config_from_hf(read_json(path), str(path))
+    if os.path.isdir(name):  # unlike Path's, False for a name too long to be one
+        return replace(given, hf_path=os.path.abspath(name))
+    if os.path.isfile(name):
+        own = model_config_from_hf(read_json(Path(name)), name)
         fields = {key: value for key, value in vars(given).items() if value != getattr(ModelConfig, key)}
         return replace(own, **fields)
     if name in PRESETS:
         return replace(given, preset=name)
     raise ConfigError(
-        f"--model: {name!r} is no config.json, no folder that has one, and no preset; presets: {', '.join(PRESETS)}"
+        f"--model: {_shortened(name)} is no config.json, no folder that has one, and no preset; presets: "
+        f"{', '.join(PRESETS)}"
     )
 
 
 def token_count(text: str) -> int:
     """``100B`` -> 100,000,000,000; raises ConfigError for anything but a number with K, M, B, T or nothing."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMBT]?)", text.replace("_", ""))
+    match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,15})?)([KMBT]?)", text.replace("_", ""))
     unit = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
     value = round(float(match[1]) * unit[match[2]]) if match else 0
     if value < 1:
-        raise ConfigError(f"--tokens: {text!r} is no number of tokens; write 100B, 7.5B, 300M or 1000000")
+        raise ConfigError(
+            f"--tokens: {_shortened(text)} is no number of tokens; write 100B, 7.5B, 300M or 1000000"
+        )
     return value
+
+
+def _shortened(text: str) -> str:
+    """As Python writes it, long ones cut."""
+    return repr(text if len(text) <= 100 else f"{text[:100]}...")

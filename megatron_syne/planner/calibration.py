@@ -17,6 +17,9 @@ from memory), rounded down as the paper measures them alone; 0.85 of the memory'
 usual for streaming kernels and NCCL; a tenth of overlapped communication showing; three passes of eager element-wise
 work. What kernels move is counted in ``costs``.
 
+No published row offloads to the host or freezes parameters: what these cost is counted from assumed rates
+(``update.HOST_LINK``, ``update.HOST_MEMORY``) and from what the engine leaves out, and is not among the errors.
+
 How it came about. The model was sketched by hand against the published times. Four rows were chosen for fitting before
 any of its errors was computed: the first four of the table. Its form was then changed four times with the errors of
 all rows, the unfitted too, in view:

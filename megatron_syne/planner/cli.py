@@ -15,12 +15,11 @@ from megatron_syne.command_line import Parser
 from megatron_syne.config.loader import config_origin
 from megatron_syne.config.schema import ModelConfig, RunConfig
 from megatron_syne.errors import ConfigError
-from megatron_syne.models.config import resolve_model
 from megatron_syne.parallel.topology import world_size_of
-from megatron_syne.planner.asked import OPTIONS, PRECISIONS, configuration
+from megatron_syne.planner.asked import OPTIONS, PRECISIONS, configuration, resolved
 from megatron_syne.planner.found import Found, remedies
-from megatron_syne.planner.hardware import GPUS, Gpu, gpu_named
-from megatron_syne.planner.plan_facts import HOUR, Facts, Plan, accuracy_facts, facts_of, speed_facts
+from megatron_syne.planner.hardware import GPUS, Gpu, check_fp8, gpu_named
+from megatron_syne.planner.plan_facts import Facts, Plan, accuracy_facts, facts_of, run_facts, speed_facts
 from megatron_syne.planner.report import accuracy_text, counts_text, text_of
 from megatron_syne.planner.search import PLATFORM, Candidate, evaluate, search
 from megatron_syne.planner.shapes import shapes
@@ -39,6 +38,13 @@ PLATFORMS: dict[str, tuple[PlatformName, bool]] = {
 node, whose own GPU (``auto``) says nothing."""
 
 
+SEARCH_HELP = (
+    "rank layouts by predicted speed, and plan the first: TP within a node, micro-batches of at most 8, at least 1,024 "
+    "tokens of a sequence on a CP rank, recompute none, mlp, half of the layers or all; those that cannot be within "
+    "25%% of the fastest are left out"
+)
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the tool."""
     what = parser.add_argument_group("what is trained: one of the two")
@@ -50,6 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     where.add_argument(
         "--gpus",
         nargs="+",
+        action="extend",  # a second --gpus drops neither a number nor an override that the first took
         default=[],
         metavar="N",
         help="how many; several give a table. With --config: not given = what its layout and launch ask for",
@@ -63,7 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     run.add_argument("--tokens", metavar="COUNT", help="budget: 100B, 7.5B, 300M (default 1B)")
     out = parser.add_argument_group("what is told")
-    out.add_argument("--search", action="store_true", help="rank all layouts, and plan the first")
+    out.add_argument("--search", action="store_true", help=SEARCH_HELP)
     out.add_argument(
         "--top", type=int, default=10, metavar="N", help="how many of them are shown (default 10)"
     )
@@ -84,14 +91,19 @@ def run(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int:
     counts = [_gpu_count(text) for text in options.gpus if "=" not in text]
     gpu = gpu_named(options.gpu)
     config = configuration(options, overrides)
-    model = resolve_model(config.model)
+    model = resolved(config)
     platform, has_gpu = PLATFORMS[config.platform]
-    if not has_gpu and (options.search or options.plot):
-        parser.error(
-            f"platform: {config.platform} has no speed to rank or draw; give platform=cuda to plan for GPUs"
-        )
     worlds = counts or [_world_size(options, config)]
-    if len(worlds) > 1:
+    several = len(worlds) > 1
+    if not has_gpu and (options.search or options.plot or several):
+        parser.error(
+            f"platform: {config.platform} has no speed to rank, draw or compare; give platform=cuda to plan for GPUs"
+        )
+    if has_gpu and not config.precision.fp8_emulation:
+        check_fp8(gpu, config.precision.fp8)
+    if several and options.plot:
+        parser.error("--plot: draws the plan of one number of GPUs; give --gpus one number")
+    if several:
         return _several(options, config, model, worlds, gpu, platform)
     plan = _planned(options, config, model, worlds[0], gpu if has_gpu else None, platform)
     facts = facts_of(plan, options.top)
@@ -138,8 +150,7 @@ def _found(config: RunConfig, model: ModelConfig, world_size: int, gpu: Gpu, is_
         except ConfigError as error:
             refused = str(error)
     helps = [] if candidates[0].fits(gpu) else list(remedies(config, model, world_size, gpu))
-    base = config if is_file else RunConfig()
-    return Found(gpu, candidates, base, own, refused, helps)
+    return Found(gpu, candidates, config if is_file else None, own, refused, helps)
 
 
 def _several(
@@ -150,7 +161,10 @@ def _several(
     gpu: Gpu,
     platform: PlatformName,
 ) -> int:
-    """A line for each number of GPUs: the best layout with ``--search``, else the configuration's with another DP."""
+    """A line for each number of GPUs: the best layout with ``--search``, else the configuration's with another DP.
+
+    Raises ConfigError, all refusals in one, where each is refused.
+    """
     rows: list[Facts] = []
     for world_size in worlds:
         try:
@@ -163,8 +177,10 @@ def _several(
         except ConfigError as error:
             rows.append({"gpus": world_size, "refused": str(error)})
             continue
-        rows.append(_row(chosen, world_size, gpu))
-    told = accuracy_facts()
+        rows.append(_row(chosen, model, world_size, gpu, platform))
+    if all("refused" in row for row in rows):
+        raise ConfigError("\n".join(f"{row['gpus']:,} GPUs: {row['refused']}" for row in rows))
+    told = accuracy_facts(model, shapes(config, model), gpu)
     if options.json:
         print(json.dumps({"gpu": gpu.name, "counts": rows, "accuracy": told}, indent=1))
     else:
@@ -173,8 +189,11 @@ def _several(
     return 0 if any(row.get("fits") for row in rows) else EXIT_DOES_NOT_FIT
 
 
-def _row(candidate: Candidate, world_size: int, gpu: Gpu) -> Facts:
-    hours = candidate.run_seconds / HOUR
+def _row(
+    candidate: Candidate, model: ModelConfig, world_size: int, gpu: Gpu, platform: PlatformName
+) -> Facts:
+    config = candidate.config
+    _, whole = run_facts(Plan(config, model, shapes(config, model), world_size, platform, gpu), gpu)
     return {
         "gpus": world_size,
         "layout": candidate.layout,
@@ -182,8 +201,7 @@ def _row(candidate: Candidate, world_size: int, gpu: Gpu) -> Facts:
         "fits": candidate.fits(gpu),
         "peak_bytes": candidate.peak_bytes,
         **speed_facts(candidate.time),
-        "hours": hours,
-        "gpu_hours": hours * world_size,
+        **{name: whole[name] for name in ("checkpoint_hours", "hours", "gpu_hours")},
     }
 
 

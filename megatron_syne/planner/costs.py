@@ -20,6 +20,7 @@ h is cut over TP with sequence parallelism, the others always.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from megatron_syne.config.schema import ModelConfig, RunConfig
@@ -73,11 +74,13 @@ class Pass:
     elementwise: float = 0.0
     tp: float = 0.0
     cp: float = 0.0
+    host: float = 0.0
+    """Waiting for activations that go to host memory and come back."""
 
     @property
     def seconds(self) -> float:
         """All of it."""
-        return self.matrices + self.attention + self.elementwise + self.tp + self.cp
+        return self.matrices + self.attention + self.elementwise + self.tp + self.cp + self.host
 
     def __add__(self, other: Pass) -> Pass:
         return Pass(
@@ -86,6 +89,7 @@ class Pass:
             self.elementwise + other.elementwise,
             self.tp + other.tp,
             self.cp + other.cp,
+            self.host + other.host,
         )
 
     def __mul__(self, times: float) -> Pass:
@@ -95,6 +99,7 @@ class Pass:
             self.elementwise * times,
             self.tp * times,
             self.cp * times,
+            self.host * times,
         )
 
 
@@ -165,23 +170,41 @@ class Linear:
         return self.input_gradient + self.weight_gradient
 
 
-def linear(rank: Rank, inputs: int, outputs: int, fp8: bool) -> Linear:
-    """A linear layer of these widths on this rank."""
+QKV, PROJ = "self_attention.linear_qkv.weight", "self_attention.linear_proj.weight"
+FC1, FC2 = "mlp.linear_fc1.weight", "mlp.linear_fc2.weight"
+
+
+def widths(rank: Rank) -> dict[str, tuple[int, int]]:
+    """(Inputs, outputs) of a layer's matrices on this rank, by their names within the layer."""
+    h, tp = rank.hidden, rank.tp
+    qkv, query, ffn = (rank.query + 2 * rank.keys) // tp, rank.query // tp, rank.ffn // tp
+    return {QKV: (h, qkv), FC1: (h, 2 * ffn), PROJ: (query, h), FC2: (ffn, h)}
+
+
+def linear(rank: Rank, inputs: int, outputs: int, fp8: bool, trains: bool = True) -> Linear:
+    """A linear layer of these widths on this rank; without a weight gradient where it is frozen."""
     fp8 = fp8 and rank.fp8_products
     gradient = 8 if rank.stack.main_grads else rank.bytes_per_number
     return Linear(
         product(rank, rank.tokens, outputs, inputs, fp8),
         product(rank, rank.tokens, inputs, outputs, fp8),
-        product(rank, outputs, inputs, rank.tokens, fp8, gradient),
+        product(rank, outputs, inputs, rank.tokens, fp8, gradient) if trains else 0.0,
     )
 
 
-def layer(rank: Rank, fp8: bool = False) -> tuple[Pass, Pass]:
-    """One transformer layer, (forward, backward), nothing computed again; ``fp8`` = its linear layers cast."""
+def layer(rank: Rank, fp8: bool = False, trained: Collection[str] | None = None) -> tuple[Pass, Pass]:
+    """One transformer layer, (forward, backward), nothing computed again.
+
+    ``fp8`` = its linear layers cast; ``trained`` = names within the layer of what trains, None = all. What is frozen
+    has no weight gradient; element-wise work and FP8 casts are counted as if it trained, an upper bound.
+    """
     h, tp, t = rank.hidden, rank.tp, rank.tokens
     qkv, query, ffn = (rank.query + 2 * rank.keys) // tp, rank.query // tp, rank.ffn // tp
-    columns = [linear(rank, h, qkv, fp8), linear(rank, h, 2 * ffn, fp8)]
-    rows = [linear(rank, query, h, fp8), linear(rank, ffn, h, fp8)]
+    sizes = widths(rank)
+    columns, rows = (
+        [linear(rank, *sizes[name], fp8, trained is None or name in trained) for name in names]
+        for names in ((QKV, FC1), (PROJ, FC2))
+    )
     linears = columns + rows
     stream = h / tp if rank.sequence_parallel else h
     numbers = (
@@ -218,14 +241,15 @@ def tp_seconds(rank: Rank, column: Linear, row: Linear, fp8: bool = False) -> tu
 
     With sequence parallelism forward the input is gathered and the output scattered, backward each once more and the
     input gathered again for the weight's gradient; each moves ``(tp - 1) / tp`` of it. Without, one all-reduce (as
-    much as both) each way. FP8 layers gather numbers already cast, of 1 byte. With ``tp_comm_overlap`` each hides
-    behind one product of its layer; without it the engine still hides the column-parallel layer's backward ones.
+    much as both) each way. A frozen weight has no gradient: nothing is gathered again for it, or hides behind it. FP8
+    layers gather numbers already cast, of 1 byte. With ``tp_comm_overlap`` each hides behind one product of its layer;
+    without it the engine still hides the column-parallel layer's backward ones.
     """
     if rank.tp == 1:
         return 0.0, 0.0
     scatter = tp_collective_seconds(rank)
     gather = scatter / 2 if fp8 and rank.fp8_products and rank.sequence_parallel else scatter
-    again = gather if rank.sequence_parallel else 0.0
+    again = gather if rank.sequence_parallel and column.weight_gradient else 0.0
     share = rank.stack.overlapped_exposed
     columns = showing(again, column.input_gradient, share) + showing(scatter, column.weight_gradient, share)
     if not rank.tp_comm_overlap:
@@ -267,9 +291,9 @@ def cp_seconds(rank: Rank) -> tuple[float, float]:
     return one, 2 * one
 
 
-def output_layer(rank: Rank) -> tuple[Pass, Pass]:
-    """Final norm, output layer (never FP8) and loss, (forward, backward)."""
-    table = linear(rank, rank.hidden, rank.vocab // rank.tp, False)
+def output_layer(rank: Rank, trains: bool = True) -> tuple[Pass, Pass]:
+    """Final norm, output layer (never FP8) and loss, (forward, backward); ``trains``: not frozen."""
+    table = linear(rank, rank.hidden, rank.vocab // rank.tp, False, trains)
     loss = memory_seconds(rank, float(LOGIT_BYTES) * rank.tokens * rank.vocab / rank.tp)
     one = tp_collective_seconds(rank)
     return Pass(table.forward, 0, loss * 2 / 3, one), Pass(table.backward, 0, loss / 3, one)

@@ -28,11 +28,12 @@ from megatron_syne.planner.layouts import recompute_name
 from megatron_syne.planner.memory import RankMemory
 from megatron_syne.planner.search import Candidate, alike_together, evaluate
 from megatron_syne.planner.shapes import shapes
-from megatron_syne.planner.timeline import timeline
+from megatron_syne.planner.timeline import first_and_last, timeline, waiting_shares
 from megatron_syne.preflight.manifests import source_token_counts
 
 MOST_PASSES = 20_000
-"""A page with a longer timeline than this would open slowly: it is then a PNG alone."""
+"""Of a longer timeline the first and the last micro-batches are drawn, and where those are more still, no page:
+both would take minutes."""
 CURVE_POINTS = 1_500
 
 
@@ -75,11 +76,14 @@ def draw_plan(
     picture("ranks", draw_ranks, *_ranks(parallel, model, world_size, gpu), f"Ranks: {name}")
     if parallel.pipeline_model_parallel_size > 1:
         chunks, time = parallel.virtual_pipeline_model_parallel_size or 1, own.time
-        tasks = timeline(time.num_microbatches, time.forward_seconds, time.backward_seconds, chunks)
+        sizes = time.num_microbatches, time.forward_seconds, time.backward_seconds, chunks
         title = f"Pipeline of a step, {name}" + ("; the run's longest stage" if several else "")
-        picture("timeline", draw_pipeline, tasks, title)
+        passes = 2 * chunks * time.num_microbatches * len(time.forward_seconds)
+        tasks = timeline(*sizes) if passes <= MOST_PASSES else first_and_last(*sizes)
+        waits = waiting_shares(*sizes) if len(tasks) < passes else None
+        picture("timeline", draw_pipeline, tasks, title, waits)
         if len(tasks) <= MOST_PASSES:
-            figures.append(pipeline_figure(tasks, title))
+            figures.append(pipeline_figure(tasks, title, waits))
     if candidates:
         tokens = sum(stage.tokens for stage in stages)
         points = [_point(candidate, tokens) for candidate in candidates]
@@ -101,7 +105,8 @@ def _title(config: RunConfig, model: ModelConfig) -> str:
     if config.model.preset:
         return config.model.preset
     if config.model.hf_path:
-        return Path(config.model.hf_path).resolve().name
+        # bytes that are no UTF-8 would be refused by fonts and pages
+        return Path(config.model.hf_path).resolve().name.encode("utf-8", "replace").decode()
     return f"{model.model_type}, {model.num_layers} layers of {model.hidden_size:,}"
 
 

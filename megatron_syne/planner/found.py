@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from megatron_syne.config.schema import ModelConfig, RunConfig
 from megatron_syne.errors import ConfigError
@@ -34,8 +35,8 @@ class Found:
 
     gpu: Gpu
     candidates: list[Candidate]
-    base: RunConfig
-    """What a candidate is written into: the configuration, or one of defaults."""
+    base: RunConfig | None
+    """The configuration that a candidate is written into; None = there is none yet."""
     own: Candidate | None = None
     """The layout that the configuration itself has."""
     own_refused: str = ""
@@ -50,7 +51,10 @@ class Found:
 
     @property
     def to_write(self) -> Overrides:
-        """Of the first's overrides those that ``base`` has otherwise."""
+        """Of the first's overrides those that ``base`` has otherwise; with no ``base``, all that makes up the run: the
+        options that are not the schema's defaults."""
+        if self.base is None:
+            return dict(_differing(asdict(self.candidates[0].config), asdict(RunConfig())))
         return {
             key: value
             for key, value in self.candidates[0].overrides.items()
@@ -101,6 +105,18 @@ def _smallest(config: RunConfig, model: ModelConfig, world_size: int, gpu: Gpu) 
         )
     ]
     return min(found, key=lambda each: each.peak_bytes, default=None)
+
+
+def _differing(
+    given: Mapping[str, Any], default: Mapping[str, Any], above: str = ""
+) -> Iterator[tuple[str, Any]]:
+    """(Dotted option, value) where two configurations differ; lists and free mappings whole."""
+    for name, value in given.items():
+        other = default[name]
+        if isinstance(value, dict) and value.keys() == other.keys():
+            yield from _differing(value, other, f"{above}{name}.")
+        elif value != other:
+            yield f"{above}{name}", value
 
 
 def _value(config: RunConfig, key: str) -> object:

@@ -30,6 +30,9 @@ class Gpu:
     fp8_transposed: bool = True
     """Whether its FP8 products need a transposed copy of the weights for the backward pass (Hopper and Ada multiply
     FP8 in one layout alone: Transformer Engine issue 1261; Blackwell in all)."""
+    fp8_recipes: tuple[str, ...] = ("delayed", "tensorwise", "blockwise")
+    """The recipes that Transformer Engine has on it: FP8 from compute capability 8.9 on, blockwise from 9.0 on
+    (``check_fp8_support`` and ``check_fp8_block_scaling_support`` in its ``pytorch/quantization.py``)."""
 
 
 def _gib(amount: float) -> int:
@@ -50,15 +53,24 @@ GPUS: dict[str, Gpu] = {
         # H200 data sheet, SXM; DGX H200: 400 Gb/s per GPU; 139.8 GiB (unverified)
         Gpu("h200", _gib(139.8), 989.4e12, 1978.9e12, 4.8e12, 450e9, 50e9),
         # A100 data sheet, SXM 40 GB; DGX A100: 200 Gb/s per GPU; 39.39 GiB (unverified)
-        Gpu("a100-40gb", _gib(39.39), 312e12, 0.0, 1.555e12, 300e9, 25e9),
+        Gpu("a100-40gb", _gib(39.39), 312e12, 0.0, 1.555e12, 300e9, 25e9, fp8_recipes=()),
         # A100 data sheet, SXM 80 GB; 79.25 GiB (OOTDiffusion issue 235)
-        Gpu("a100-80gb", _gib(79.25), 312e12, 0.0, 2.039e12, 300e9, 25e9),
+        Gpu("a100-80gb", _gib(79.25), 312e12, 0.0, 2.039e12, 300e9, 25e9, fp8_recipes=()),
         # DGX B200 data sheet by 8: 72 PFLOP/s of sparse FP8, 64 TB/s, 14.4 TB/s of NVLink, 400 Gb/s; 178.4 GiB
         # (unverified)
         Gpu("b200", _gib(178.4), 2.25e15, 4.5e15, 8.0e12, 900e9, 50e9, fp8_transposed=False),
         # L40S data sheet; PCIe 4 x16, no NVLink; 44.4 GiB (of the L40, of the same size: Qwen3-VL issue 2097);
         # 200 Gb/s for each GPU assumed
-        Gpu("l40s", _gib(44.4), 362.05e12, 733e12, 0.864e12, 32e9, 25e9),
+        Gpu(
+            "l40s",
+            _gib(44.4),
+            362.05e12,
+            733e12,
+            0.864e12,
+            32e9,
+            25e9,
+            fp8_recipes=("delayed", "tensorwise"),
+        ),
     )
 }
 """By the name that ``--gpu`` takes."""
@@ -81,6 +93,15 @@ def gpu_named(name: str) -> Gpu:
     if name not in GPUS:
         raise ConfigError(f"--gpu: {name!r} is unknown; known: {', '.join(GPUS)}")
     return GPUS[name]
+
+
+def check_fp8(gpu: Gpu, recipe: str | None) -> None:
+    """ConfigError that names the GPUs that have an FP8 recipe, where this one has it not."""
+    if recipe is not None and recipe not in gpu.fp8_recipes:
+        have = [name for name, other in GPUS.items() if recipe in other.fp8_recipes]
+        raise ConfigError(
+            f"precision.fp8 = {recipe}: --gpu {gpu.name} has no such FP8; these have: {', '.join(have)}"
+        )
 
 
 def gpu_of_device(device_name: str) -> Gpu | None:

@@ -1,5 +1,5 @@
-"""Every layout that a run could have: TP x PP x VPP x CP x DP x micro-batch x recompute, legal by the trainer's own
-rules. No torch."""
+"""The layouts that a search compares: TP x PP x VPP x CP x DP x micro-batch x recompute, legal by the trainer's own
+rules, within the limits that :func:`layouts` states. No torch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from megatron_syne.config.schema import MemoryConfig, ModelConfig, ParallelConfi
 from megatron_syne.parallel.topology import chunk_layers
 from megatron_syne.planner.shapes import Shape
 from megatron_syne.preflight.context_rules import CONTEXT_RULES
-from megatron_syne.preflight.data_rules import sequences_fit
+from megatron_syne.preflight.data_rules import documents_are_told_apart, sequences_fit
 from megatron_syne.preflight.facts import Facts, PlatformName
 from megatron_syne.preflight.fp8_rules import (
     fp8_dimensions_fit,
@@ -59,6 +59,7 @@ RECOMPUTE_RULES: tuple[Rule, ...] = (
 )
 LAYOUT_RULES: tuple[Rule, ...] = (
     batch_divides,
+    documents_are_told_apart,
     sequences_fit,
     fp8_dimensions_fit,
     fp8_layers_in_bf16_exist,
@@ -125,11 +126,12 @@ def layouts(
     recompute: Sequence[str] = SEARCHED,
     largest_micro_batch: int = LARGEST_MICRO_BATCH,
 ) -> Iterator[Layout]:
-    """Every legal layout; what it does not set stays as in ``config``. Micro-batches, then recompute, rise last.
+    """Every legal layout within limits; what it does not set stays as in ``config``. Micro-batches, then recompute,
+    rise last.
 
-    TP stays within a node, micro-batches are at most 8, a CP rank has at least 1,024 tokens of the longest sequence. SP
-    goes with TP. Layers that PP does not divide are dealt out with one less on the first and on the last stage, where
-    that makes it even.
+    The limits: TP stays within a node, micro-batches are at most 8, a CP rank has at least 1,024 tokens of the longest
+    sequence, recompute is one of :data:`SEARCHED`. SP goes with TP. Layers that PP does not divide are dealt out with
+    one less on the first and on the last stage, where that makes it even.
     """
     assert model.num_layers
     longest = max(config.data.seq_length, *(stage.seq_length for stage in stages))

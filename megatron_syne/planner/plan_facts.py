@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from megatron_syne.config.arithmetic import batch_arithmetic
 from megatron_syne.config.schema import ModelConfig, RunConfig
+from megatron_syne.models.config import PRESETS
 from megatron_syne.parallel.topology import chunk_layers, data_parallel_size
-from megatron_syne.planner.calibration import accuracy
+from megatron_syne.planner.calibration import accuracy, error
 from megatron_syne.planner.found import Found
 from megatron_syne.planner.hardware import Gpu
 from megatron_syne.planner.layouts import RECOMPUTE, changed, recompute_choices, recompute_name
 from megatron_syne.planner.memory import RankMemory, memory_by_stage
-from megatron_syne.planner.search import Candidate, alike_together
+from megatron_syne.planner.published import ROWS, Row
+from megatron_syne.planner.search import Candidate, alike_together, stage_seconds
 from megatron_syne.planner.shapes import Shape
 from megatron_syne.planner.speed import StepTime, step_time
 from megatron_syne.preflight.facts import PlatformName
@@ -22,6 +24,9 @@ from megatron_syne.preflight.size import model_parameters
 
 Facts = dict[str, Any]
 HOUR = 3600.0
+LONG_SEQUENCE = 32768
+LARGE_MODEL = 80e9
+"""From where on a plan lies outside of the rows that the accuracy is of: 8,192 tokens, up to 70B."""
 
 
 @dataclass(frozen=True)
@@ -64,18 +69,37 @@ def facts_of(plan: Plan, rows: int = 10) -> Facts:
     }
     facts |= _memory(plan)
     if gpu is not None:
-        facts["stages"] = [_speed(plan, stage, gpu) for stage in plan.stages]
-        facts["run"] = _run(plan, facts["stages"])
-        facts["accuracy"] = accuracy_facts()
+        facts["stages"], facts["run"] = run_facts(plan, gpu)
+        facts["accuracy"] = accuracy_facts(plan.model, plan.stages, gpu)
     if plan.found is not None:
         facts["search"] = search_facts(plan.found, rows, facts["accuracy"]["median_error"])
     return facts
 
 
-def accuracy_facts() -> Facts:
-    """How far the predicted tokens/s were off where they were published."""
+def accuracy_facts(model: ModelConfig, stages: Sequence[Shape], gpu: Gpu) -> Facts:
+    """How far the predicted tokens/s were off where they were published, and in what this plan lies outside of that."""
     median, worst, count = accuracy()
-    return {"median_error": median, "worst_error": worst, "published_rows": count}
+    outside = list(_outside(model, stages, gpu))
+    return {"median_error": median, "worst_error": worst, "published_rows": count, "outside": outside}
+
+
+def _outside(model: ModelConfig, stages: Sequence[Shape], gpu: Gpu) -> Iterator[str]:
+    """What of a plan the counted rows do not have, each with the errors of the rows that do."""
+    if any(stage.seq_length >= LONG_SEQUENCE for stage in stages):
+        seen = _seen([row for row in ROWS if row.seq_length >= LONG_SEQUENCE])
+        yield f"sequences of {LONG_SEQUENCE:,} tokens and more ({seen})"
+    if gpu.name != "h100":
+        yield f"{gpu.name} ({_seen([row for row in ROWS if row.gpu.name == gpu.name])})"
+    if model_parameters(model) > LARGE_MODEL:
+        large = [row for row in ROWS if model_parameters(PRESETS[row.preset]) > LARGE_MODEL]
+        yield f"more than {LARGE_MODEL / 1e9:.0f} billion parameters ({_seen(large)})"
+
+
+def _seen(rows: Sequence[Row]) -> str:
+    errors = [abs(error(row)) for row in rows]
+    if not errors:
+        return "never measured against"
+    return f"off by {'up to ' if len(rows) > 1 else ''}{max(errors):.1%} in {len(rows)} row{'s' * (len(rows) > 1)}"
 
 
 def _memory(plan: Plan) -> Facts:
@@ -134,11 +158,7 @@ def _speed(plan: Plan, stage: Shape, gpu: Gpu) -> Facts:
     """A step of one stage of the run at its full batch, and the hours of all its steps."""
     view = stage.view(plan.config)
     time = step_time(view, stage.model, plan.world_size, gpu)
-    seconds = sum(
-        step_time(stage.view(plan.config, size), stage.model, plan.world_size, gpu).seconds * count
-        for size, count in stage.batches
-        if count
-    )
+    seconds = stage_seconds(plan.config, stage, plan.world_size, gpu)
     batch = batch_arithmetic(view, data_parallel_size(plan.config.parallel, plan.world_size))
     return {
         "name": stage.name,
@@ -174,6 +194,12 @@ def speed_facts(time: StepTime) -> Facts:
 def exposed(time: StepTime) -> float:
     """Seconds of a step in which a GPU waits for communication."""
     return sum(seconds for part, seconds in time.parts.items() if part.endswith("communication"))
+
+
+def run_facts(plan: Plan, gpu: Gpu) -> tuple[list[Facts], Facts]:
+    """Of each stage of the run, and of all of it with its checkpoints."""
+    stages = [_speed(plan, stage, gpu) for stage in plan.stages]
+    return stages, _run(plan, stages)
 
 
 def _run(plan: Plan, stages: Sequence[Facts]) -> Facts:
@@ -217,6 +243,7 @@ def search_facts(found: Found, rows: int, error: float) -> Facts:
         "fit": found.fit,
         "candidates": [candidate_facts(each, found.gpu) for each in fitting[:rows]],
         "to_write": found.to_write if found.fit else {},
+        "to_write_is_all": found.base is None,
         "reasons": found.reasons,
         "misses": [
             candidate_facts(each, found.gpu) | {"over_bytes": each.peak_bytes - found.gpu.memory_bytes}

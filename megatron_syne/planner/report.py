@@ -6,6 +6,8 @@ import math
 import textwrap
 from collections.abc import Iterator, Sequence
 
+import yaml
+
 from megatron_syne.planner.hardware import GIB
 from megatron_syne.planner.plan_facts import Facts
 
@@ -28,10 +30,15 @@ def text_of(facts: Facts) -> str:
 
 def accuracy_text(facts: Facts) -> str:
     """How far to trust the speed."""
-    return (
+    text = (
         f"How good is this? Against {facts['published_rows']} published rows the predicted tokens/s were off by: "
         f"median error {facts['median_error']:.1%}, worst {facts['worst_error']:.1%}; measure before you spend."
     )
+    if facts["outside"]:
+        text = "\n".join(
+            [text, *_wrapped(f"This plan lies outside of those rows: {', '.join(facts['outside'])}.")]
+        )
+    return text
 
 
 def _head(facts: Facts) -> str:
@@ -186,7 +193,10 @@ def _search_text(facts: Facts) -> list[str]:
         sections.append(_own_text(search))
     if search["candidates"]:
         changes = _yaml(search["to_write"]) or "  nothing: it is there already"
-        sections.append(f"Write into the YAML:\n{changes}")
+        title = "Write into the YAML:"
+        if search["to_write_is_all"]:
+            title = "The first as a YAML file, for --config (data.mock and train_iters give way to your data.stages):"
+        sections.append(f"{title}\n{changes}")
     return sections
 
 
@@ -241,22 +251,23 @@ def counts_text(rows: Sequence[Facts]) -> str:
 
 
 def _yaml(overrides: Facts) -> str:
-    """Overrides as sections of a configuration."""
-    lines, section = [], ""
-    for key, value in sorted(overrides.items(), key=lambda each: each[0].split(".")[0]):
-        name, option = key.split(".")
-        if name != section:
-            section = name
-            lines.append(f"  {name}:")
-        lines.append(f"    {option}: {yaml_value(value)}")
+    """Dotted options as sections of a configuration."""
+    lines: list[str] = []
+    above: list[str] = []
+    for key, value in sorted(overrides.items(), key=lambda each: each[0].split(".")[:-1]):
+        *sections, option = key.split(".")
+        for depth, name in enumerate(sections):
+            if above[: depth + 1] != sections[: depth + 1]:
+                lines.append(f"{'  ' * (depth + 1)}{name}:")
+        above = sections
+        lines.append(f"{'  ' * (len(sections) + 1)}{option}: {_yaml_value(value)}")
     return "\n".join(lines)
 
 
-def yaml_value(value: object) -> str:
-    """A value of the layout as YAML reads it."""
-    if isinstance(value, list):
-        return "[" + ", ".join(str(each) for each in value) + "]"
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+def _yaml_value(value: object) -> str:
+    """A value in one line, as YAML reads it."""
+    text = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=math.inf)
+    return text.removesuffix("\n").removesuffix("\n...")
 
 
 def _hours(facts: Facts) -> list[str]:

@@ -1,4 +1,4 @@
-"""Every layout of a run that could be used, ranked by predicted speed among those that fit. No torch.
+"""Layouts of a run, ranked by predicted speed among those that fit; what is looked at: :func:`search`. No torch.
 
 A run of several stages is ranked by the time of all its tokens; its memory is that of the stage that needs most.
 """
@@ -47,7 +47,7 @@ class Candidate:
     time: StepTime
     """Of a step of the stage of the run that has most tokens."""
     run_seconds: float = 0.0
-    """Of all steps of the run, each at its stage's full batch."""
+    """Of all steps of the run, those of a ramp with their own batch."""
 
     @property
     def fullest(self) -> RankMemory:
@@ -78,8 +78,10 @@ def search(config: RunConfig, model: ModelConfig, world_size: int, gpu: Gpu) -> 
     """The legal candidates over TP x PP x VPP x CP x DP x micro-batch x recompute, those that fit first, fastest first;
     then those that do not, smallest first.
 
-    Left out is what cannot be the first: more recompute where none fits (slower), larger micro-batches where one does
-    not fit with all recomputed (larger), and what is a quarter slower; but for the neighbours of the first. Raises
+    Looked at is what ``layouts.layouts`` makes: TP within a node, micro-batches of at most 8, at least 1,024 tokens of
+    a sequence on a CP rank, recompute of nothing, the MLPs, half of the layers or all. Left out is what cannot be the
+    first: more recompute where none fits (slower), larger micro-batches where one does not fit with all recomputed
+    (larger), and what is a quarter slower; but for the neighbours of the first. Raises
     ConfigError where no layout is legal, and with the trainer's own words where a rule is broken that has nothing to
     do with layouts.
     """
@@ -139,8 +141,7 @@ def _by_speed(
         cut = []
         for _, same_batch in groupby(same_cut, key=lambda layout: layout[0].train.micro_batch_size):
             choices = list(same_batch)
-            times = _times(choices[0][0], stages, world_size, gpu)
-            cut.append((_run_seconds(times, stages), choices))
+            cut.append((_run_seconds(choices[0][0], stages, world_size, gpu), choices))
         cuts.append(cut)
     return sorted(cuts, key=lambda cut: min(seconds for seconds, _ in cut))
 
@@ -150,18 +151,23 @@ def evaluate(
 ) -> Candidate:
     """Both predictions of a configuration that has passed the rules; ``stages`` are its shapes."""
     plans = [memory_by_stage(stage.view(config), stage.model, world_size, gpu) for stage in stages]
-    times = _times(config, stages, world_size, gpu)
-    longest = max(range(len(stages)), key=lambda n: stages[n].tokens)
+    longest = max(stages, key=lambda stage: stage.tokens)
+    time = step_time(longest.view(config), longest.model, world_size, gpu)
     memory = max(plans, key=lambda ranks: max(rank.total for rank in ranks))
-    return Candidate(config, overrides or {}, memory, times[longest], _run_seconds(times, stages))
+    return Candidate(config, overrides or {}, memory, time, _run_seconds(config, stages, world_size, gpu))
 
 
-def _times(config: RunConfig, stages: Sequence[Shape], world_size: int, gpu: Gpu) -> list[StepTime]:
-    return [step_time(stage.view(config), stage.model, world_size, gpu) for stage in stages]
+def stage_seconds(config: RunConfig, stage: Shape, world_size: int, gpu: Gpu) -> float:
+    """Seconds of all steps of a stage, each size of a ramp with its own."""
+    return sum(
+        step_time(stage.view(config, size), stage.model, world_size, gpu).seconds * count
+        for size, count in stage.batches
+        if count
+    )
 
 
-def _run_seconds(times: Sequence[StepTime], stages: Sequence[Shape]) -> float:
-    return sum(time.seconds * stage.iterations for time, stage in zip(times, stages, strict=True))
+def _run_seconds(config: RunConfig, stages: Sequence[Shape], world_size: int, gpu: Gpu) -> float:
+    return sum(stage_seconds(config, stage, world_size, gpu) for stage in stages)
 
 
 def alike_together(stages: Sequence[Shape]) -> list[Shape]:

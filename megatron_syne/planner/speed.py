@@ -3,11 +3,16 @@
 ``costs`` has the seconds of a layer on one rank, ``timeline`` what the pipeline adds, ``stacks`` the constants.
 The busiest stage sets the pace: its work times the micro-batches, then what the pipeline, the gradients and the
 optimizer add once per step.
+
+Frozen parameters have no weight gradients, reduction or optimizer; model FLOPs (and so MFU) count them as if they
+trained, as the trainer's log does. A backward pass is spared only where the engine spares it: see
+:func:`_without_backward`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import itertools
+from dataclasses import dataclass, replace
 
 from megatron_syne.config.arithmetic import batch_arithmetic, resolved_overlap_p2p_comm
 from megatron_syne.config.schema import ModelConfig, RunConfig
@@ -19,6 +24,7 @@ from megatron_syne.planner.costs import Pass, Rank
 from megatron_syne.planner.hardware import Gpu
 from megatron_syne.planner.stacks import MEGATRON, Stack
 from megatron_syne.planner.timeline import pipeline_seconds
+from megatron_syne.planner.update import Trained
 from megatron_syne.preflight.size import stage_parameters
 
 PARTS = (
@@ -30,6 +36,7 @@ PARTS = (
     "cp communication",
     "pipeline bubble",
     "pipeline communication",
+    "activation offload",
     "dp communication",
     "optimizer",
 )
@@ -46,7 +53,7 @@ class StepTime:
     world_size: int
     model_flops_per_token: float
     peak_flops: float
-    """FLOP/s of one GPU that MFU is of: FP8's peak for FP8 runs, else bf16's."""
+    """FLOP/s of one GPU that MFU is of: FP8's peak for FP8 runs, else (also where FP8 is emulated) bf16's."""
     forward_seconds: list[float]
     """Of one micro-batch in each stage (all its chunks), without waiting."""
     backward_seconds: list[float]
@@ -100,7 +107,10 @@ def step_time(
     dp = data_parallel_size(parallel, world_size)
     batch = batch_arithmetic(config, dp)
     m = batch.num_microbatches
-    works = _stage_works(config, model, rank)
+    assert model.num_layers, "resolve_model first"
+    stages = chunk_layers(parallel, model.num_layers)
+    trained = update.what_trains(config, model)
+    works = _stage_works(config, model, rank, stages, trained)
     forward = [work.forward.seconds for work in works]
     backward = [work.backward.seconds + work.recompute.seconds for work in works]
     slowest = max(range(len(works)), key=lambda stage: forward[stage] + backward[stage])
@@ -108,6 +118,8 @@ def step_time(
     chunks = parallel.virtual_pipeline_model_parallel_size or 1
     pipeline = pipeline_seconds(m, forward, backward, chunks)
     parameters = stage_parameters(model, parallel)[slowest]
+    # all stages wait for the norm of all gradients: what is frozen may leave most to update to another stage
+    updated = parameters if trained is None else max(trained.numbers(rank, stages))
     computing = forward[slowest] + backward[slowest]
     parts = {
         "matrices": m * work.matrices,
@@ -118,12 +130,15 @@ def step_time(
         "cp communication": m * work.cp,
         "pipeline bubble": pipeline - m * computing,
         "pipeline communication": _p2p_seconds(config, rank, dp, m),
+        "activation offload": m * work.host,
         "dp communication": update.dp_seconds(
-            config, rank, dp, m, parameters, forward[slowest], backward[slowest]
+            config, rank, dp, m, updated, forward[slowest], backward[slowest]
         ),
-        "optimizer": update.optimizer_seconds(config, rank, dp, parameters),
+        "optimizer": update.optimizer_seconds(config, rank, dp, updated),
     }
-    peak = gpu.fp8_flops if config.precision.fp8 and gpu.fp8_flops else gpu.bf16_flops
+    in_fp8 = config.precision.fp8 is not None and not config.precision.fp8_emulation
+    peak = gpu.fp8_flops if in_fp8 and gpu.fp8_flops else gpu.bf16_flops
+    saved = None if trained is None else _trained_of_model(model, rank, trained)
     return StepTime(
         parts=parts,
         tokens_per_step=batch.tokens_per_step,
@@ -133,7 +148,7 @@ def step_time(
         forward_seconds=forward,
         backward_seconds=backward,
         num_microbatches=m,
-        checkpoint_seconds=update.checkpoint_bytes(config, model) / checkpoint_bandwidth,
+        checkpoint_seconds=update.checkpoint_bytes(config, model, saved) / checkpoint_bandwidth,
     )
 
 
@@ -146,36 +161,96 @@ class StageWork:
     recompute: Pass
 
 
-def _stage_works(config: RunConfig, model: ModelConfig, rank: Rank) -> list[StageWork]:
-    """The work of each stage."""
-    assert model.num_layers, "resolve_model first"
-    stages = chunk_layers(config.parallel, model.num_layers)
-    kept = layers_in_bf16(config.precision, model.num_layers)
-    plain = costs.layer(rank) if kept or not rank.cast_bytes else None
-    cast = costs.layer(rank, True) if rank.cast_bytes else None
-    # by format: forward, backward and again of one layer
-    kinds = [
-        (*layer, _again(config, rank, layer[0], fp8)) if layer is not None else (Pass(), Pass(), Pass())
-        for fp8, layer in ((False, plain), (True, cast))
-    ]
-    works: dict[tuple[int, int, int], StageWork] = {}
+Kind = tuple[bool, frozenset[str] | None, bool, bool]
+"""What tells layers apart: whether in FP8, names of what trains in it (None = all), whether it has a backward pass,
+whether its activations go to the host."""
+
+
+def _stage_works(
+    config: RunConfig,
+    model: ModelConfig,
+    rank: Rank,
+    stages: list[list[list[int]]],
+    trained: Trained | None,
+) -> list[StageWork]:
+    """The work of each stage; ``stages``: layers by stage and chunk."""
+    kept = layers_in_bf16(config.precision, model.num_layers or 0)
+    idle = frozenset() if trained is None else _without_backward(config, trained, stages[0][0])
+    away = _offloaded_layers(config, model)
+
+    def kind(n: int) -> Kind:
+        fp8 = rank.cast_bytes > 0 and n not in kept
+        return fp8, trained.layers[n] if trained is not None else None, n not in idle, n < away
+
+    passes: dict[Kind, tuple[Pass, Pass, Pass]] = {}
+    works: dict[tuple[object, int], StageWork] = {}
     found = []
     for chunks in stages:
-        total = sum(map(len, chunks))
-        bf16 = total if cast is None else sum(n in kept for chunk in chunks for n in chunk) if kept else 0
-        key = (total, bf16, _layers_again(config, chunks))
+        kinds: dict[Kind, int] = {}
+        for n in (n for chunk in chunks for n in chunk):
+            one = kind(n)
+            kinds[one] = kinds.get(one, 0) + 1
+            if one not in passes:
+                passes[one] = _layer_passes(config, model, rank, n, one)
+        total, again = sum(kinds.values()), _layers_again(config, chunks)
+        key = tuple(kinds.items()), again
         if key not in works:
-            share = key[2] / total if total else 0.0
-            works[key] = StageWork(
-                kinds[0][0] * bf16 + kinds[1][0] * (total - bf16),
-                kinds[0][1] * bf16 + kinds[1][1] * (total - bf16),
-                (kinds[0][2] * bf16 + kinds[1][2] * (total - bf16)) * share,
+            forward, backward, recompute = (
+                sum((passes[one][i] * count for one, count in kinds.items()), Pass()) for i in range(3)
             )
+            works[key] = StageWork(forward, backward, recompute * (again / total if total else 0.0))
         found.append(works[key])
-    forward, backward = costs.output_layer(rank)
+    forward, backward = costs.output_layer(rank, trained is None or trained.output)
     last = found[-1]
     found[-1] = StageWork(last.forward + forward, last.backward + backward, last.recompute)
     return found
+
+
+def _layer_passes(
+    config: RunConfig, model: ModelConfig, rank: Rank, number: int, kind: Kind
+) -> tuple[Pass, Pass, Pass]:
+    """Forward, backward and computed again of one layer.
+
+    Copies to the host and back show where they take longer than the layers that they may hide behind: Transformer
+    Engine spreads them evenly over all layers (``cpu_offload.py: layer_window_map``).
+    """
+    fp8, trained, has_backward, offloaded = kind
+    forward, backward = costs.layer(rank, fp8, trained)
+    if not has_backward:
+        return forward, Pass(), Pass()  # and nothing is kept that could be offloaded
+    again = _again(config, rank, forward, fp8)
+    if offloaded:
+        copy, share = update.offload_seconds(config, model, number), rank.stack.overlapped_exposed
+        window = (model.num_layers or 0) / _offloaded_layers(config, model)
+        forward += Pass(host=costs.showing(copy, window * forward.seconds, share))
+        backward += Pass(host=costs.showing(copy, window * backward.seconds, share))
+    return forward, backward, again
+
+
+def _offloaded_layers(config: RunConfig, model: ModelConfig) -> int:
+    """Layers, from the first, whose activations go to the host."""
+    memory = config.memory
+    return (memory.cpu_offloading_num_layers or (model.num_layers or 0) - 1) if memory.cpu_offloading else 0
+
+
+def _without_backward(config: RunConfig, trained: Trained, first_chunk: list[int]) -> frozenset[int]:
+    """Layers that no gradient passes: those of the model's first chunk below the first that trains.
+
+    Only with a frozen embedding and nothing computed again (recomputation begins the graph at the embedding:
+    ``training.param_groups``). Every later chunk computes its inputs' gradients, whatever trains below it: the
+    engine's received tensors ask for them (megatron-core's ``p2p_communication``).
+    """
+    if trained.embedding or config.memory.recompute_granularity is not None:
+        return frozenset()
+    below = itertools.takewhile(lambda n: not trained.layers[n], first_chunk)
+    return frozenset(below)
+
+
+def _trained_of_model(model: ModelConfig, rank: Rank, trained: Trained) -> int:
+    """Parameters of the Hugging Face model that train."""
+    assert model.vocab_size, "resolve_model first"
+    whole = replace(rank, tp=1, vocab=model.vocab_size)
+    return trained.numbers(whole, [[range(model.num_layers or 0)]])[0]
 
 
 def _layers_again(config: RunConfig, chunks: list[list[int]]) -> int:

@@ -10,8 +10,9 @@ The order of tasks on each stage is megatron-core's (``core/pipeline_parallel/sc
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 Kind = Literal["forward", "backward"]
@@ -124,6 +125,43 @@ def _ready(
         source = (stage + 1, chunk) if stage < stages - 1 else (0, chunk + 1)
     end = ends.get((source[0], (kind, source[1], micro_batch)))
     return None if end is None else end + (p2p if source[0] != stage else 0.0)
+
+
+def first_and_last(
+    num_microbatches: int,
+    forward_seconds: Sequence[float],
+    backward_seconds: Sequence[float],
+    num_chunks: int = 1,
+) -> list[Task]:
+    """The timeline of a long step without its steady middle: as many micro-batches as show how it fills and drains
+    (at least 128, and four for each stage), the later half with the numbers that it has in the whole step.
+
+    The times are those of a step of the drawn micro-batches alone.
+    """
+    stages = len(forward_seconds)
+    drawn = stages * math.ceil(
+        max(4 * stages, 128) / stages
+    )  # whole groups, as the interleaved schedule needs
+    left_out = max(0, num_microbatches - drawn)
+    tasks = timeline(num_microbatches - left_out, forward_seconds, backward_seconds, num_chunks)
+    return [
+        replace(task, micro_batch=task.micro_batch + left_out) if 2 * task.micro_batch >= drawn else task
+        for task in tasks
+    ]
+
+
+def waiting_shares(
+    num_microbatches: int,
+    forward_seconds: Sequence[float],
+    backward_seconds: Sequence[float],
+    num_chunks: int = 1,
+) -> list[float]:
+    """Share of the step in which each stage waits, of the closed length (:func:`pipeline_seconds`)."""
+    seconds = pipeline_seconds(num_microbatches, forward_seconds, backward_seconds, num_chunks)
+    return [
+        1 - num_microbatches * (forward + backward) / seconds
+        for forward, backward in zip(forward_seconds, backward_seconds, strict=True)
+    ]
 
 
 def pipeline_seconds(

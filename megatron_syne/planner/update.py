@@ -1,18 +1,116 @@
-"""What a step pays once, whatever its micro-batches: gradients over DP, optimizer, casts of weights, checkpoint.
+"""What a step pays once, whatever its micro-batches: gradients over DP, optimizer, casts of weights, checkpoint; and
+what the host adds where activations or the optimizer lie there.
 
 No torch. DP here is megatron-core's group of gradients: all ranks with the same weights, DP x CP of them.
 """
 
 from __future__ import annotations
 
-from megatron_syne.config.schema import ModelConfig, OptimizerConfig, RunConfig
-from megatron_syne.planner.costs import Rank, link_seconds, memory_seconds, showing
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+from megatron_syne.config.schema import MemoryConfig, ModelConfig, OptimizerConfig, RunConfig
+from megatron_syne.models import parameter_names as names
+from megatron_syne.models.family import completed
+from megatron_syne.planner.activations import sizes_of
+from megatron_syne.planner.costs import Rank, link_seconds, memory_seconds, showing, widths
+from megatron_syne.planner.recompute import chunk_units
 from megatron_syne.preflight.size import model_parameters
 
 HOST_LINK = 25e9
 """Bytes/s between GPU and host, one direction, as all GPUs of a node see it at once (PCIe 5 x16: 63e9); assumed."""
+HOST_MEMORY = 200e9
+"""Bytes/s that a node's processors stream through their memory in an optimizer's step, shared by its GPUs; assumed, a
+third of what two sockets of eight channels of DDR5-4800 have (614e9)."""
 
 _BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 1}
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What of a model trains, where something is frozen."""
+
+    layers: tuple[frozenset[str], ...]
+    """Of each layer, names within it."""
+    around: frozenset[str]
+    """Names outside of layers: embedding, final norm, output layer."""
+    tied: bool
+
+    @property
+    def embedding(self) -> bool:
+        """Whether the embedding trains."""
+        return names.EMBEDDING in self.around
+
+    @property
+    def output(self) -> bool:
+        """Whether the output layer's weight trains: the embedding where they are tied."""
+        return (names.EMBEDDING if self.tied else names.OUTPUT) in self.around
+
+    def numbers(self, rank: Rank, stages: Sequence[Sequence[Sequence[int]]]) -> list[int]:
+        """Parameters that train on a rank of each stage; ``stages``: layers by stage and chunk."""
+        sizes, bias = widths(rank), (rank.query + 2 * rank.keys) // rank.tp
+
+        def size(name: str) -> int:
+            if name in sizes:
+                inputs, outputs = sizes[name]
+                return inputs * outputs
+            return bias if name.endswith("linear_qkv.bias") else rank.hidden
+
+        by_kind = {kind: sum(map(size, kind)) for kind in set(self.layers)}
+        counts = [sum(by_kind[self.layers[n]] for chunk in chunks for n in chunk) for chunks in stages]
+        table = rank.vocab // rank.tp * rank.hidden
+        counts[0] += table if self.embedding else 0
+        if not (self.tied and len(stages) == 1):
+            counts[-1] += table if self.output else 0
+        counts[-1] += rank.hidden * len(self.around - {names.EMBEDDING, names.OUTPUT})
+        return counts
+
+
+def what_trains(config: RunConfig, model: ModelConfig) -> Trained | None:
+    """By ``optimizer.freeze`` and ``train_only``; None = all. Raises what ``parameter_names.new_layers_of`` does."""
+    freeze, only = tuple(config.optimizer.freeze), tuple(config.optimizer.train_only)
+    if not freeze and not only:
+        return None
+    new = tuple(names.new_layers_of(config)) if names.ask_for_new_layers([*freeze, *only]) else None
+    model = completed(model)
+    tied, bias = bool(model.share_embeddings_and_output_weights), bool(model.add_qkv_bias)
+    layers, family = model.num_layers or 0, model.model_type
+    return _what_trains(freeze, only, new, layers, family, model.normalization, bias, tied)
+
+
+@lru_cache(maxsize=64)
+def _what_trains(
+    freeze: tuple[str, ...],
+    only: tuple[str, ...],
+    new_layers: tuple[int, ...] | None,
+    num_layers: int,
+    family: Any,
+    normalization: Any,
+    bias: bool,
+    tied: bool,
+) -> Trained:
+    """Asked once for a model: a search asks for hundreds of its layouts."""
+    model = ModelConfig(
+        num_layers=num_layers,
+        model_type=family,
+        normalization=normalization,
+        add_qkv_bias=bias,
+        share_embeddings_and_output_weights=tied,
+    )
+    layers: list[set[str]] = [set() for _ in range(num_layers)]
+    around = set()
+    for name in names.parameter_names(model):
+        if names.trains(name, freeze, only, new_layers):
+            parts = name.split(".", 3)
+            if parts[1] == "layers":
+                layers[int(parts[2])].add(parts[3])
+            else:
+                around.add(name)
+    same: dict[frozenset[str], frozenset[str]] = {}  # one object for all layers alike, quick to compare
+    alike = tuple(same.setdefault(layer, layer) for layer in map(frozenset, layers))
+    return Trained(alike, frozenset(around), tied)
 
 
 def weight_cast_seconds(config: RunConfig, rank: Rank, parameters: int, num_microbatches: int) -> float:
@@ -30,7 +128,7 @@ def dp_seconds(
     forward_seconds: float,
     backward_seconds: float,
 ) -> float:
-    """Exchange of gradients and weights over DP that shows.
+    """Exchange of gradients and weights over DP that shows; ``parameters``: those that train.
 
     Gradients: a reduce-scatter (all-reduce: twice that) of fp32, or bf16 without
     ``accumulate_allreduce_grads_in_fp32``; weights: an all-gather with the distributed optimizer. Overlapped, they
@@ -64,17 +162,32 @@ def _showing(rank: Rank, seconds: float, behind: float) -> float:
 
 
 def optimizer_seconds(config: RunConfig, rank: Rank, dp: int, parameters: int) -> float:
-    """Gradient norm, Adam on this rank's share of the state, and emptying the gradient buffer, by bytes moved; what
-    is offloaded also goes to the host and back."""
+    """Gradient norm, Adam on this rank's share of the state, and emptying the gradient buffer, by bytes moved.
+
+    ``parameters``: those that train. What is offloaded goes to the host, is stepped at the rate of its memory, and
+    comes back; with ``overlap_cpu_optimizer_d2h_h2d`` the copies hide behind the host's step, as far as it lasts.
+    """
     optimizer = config.optimizer
     shard = parameters / (dp * rank.cp) if config.parallel.use_distributed_optimizer else parameters
     gradient = 4 if config.precision.accumulate_allreduce_grads_in_fp32 else 2
-    moved = 2 * gradient + 2 * state_bytes(optimizer) + rank.bytes_per_number
-    seconds = memory_seconds(rank, moved * shard + gradient * parameters)
-    if optimizer.optimizer_cpu_offload:
-        copied = optimizer.optimizer_offload_fraction * shard * (gradient + rank.bytes_per_number)
-        seconds += copied / HOST_LINK * (0.5 if optimizer.overlap_cpu_optimizer_d2h_h2d else 1.0)
-    return seconds
+    stepped = 2 * state_bytes(optimizer) + rank.bytes_per_number
+    if not optimizer.optimizer_cpu_offload:
+        return memory_seconds(rank, (2 * gradient + stepped) * shard + gradient * parameters)
+    away = optimizer.optimizer_offload_fraction * shard
+    norm = 2 * gradient * shard + gradient * parameters
+    copies = away * (gradient + rank.bytes_per_number) / HOST_LINK
+    host = away * (gradient + stepped) * rank.gpu.gpus_per_node / HOST_MEMORY
+    if optimizer.overlap_cpu_optimizer_d2h_h2d:
+        copies = _showing(rank, copies, host)
+    return memory_seconds(rank, norm + stepped * (shard - away)) + copies + host
+
+
+def offload_seconds(config: RunConfig, model: ModelConfig, layer: int) -> float:
+    """To copy what one micro-batch leaves behind in a layer to host memory, or back: ``memory.cpu_offloading``."""
+    plain = replace(config, memory=MemoryConfig())
+    sizes = sizes_of(config, model, config.data.seq_length, config.train.micro_batch_size, True)
+    parts = chunk_units(plain, model, sizes, [layer], False, False)[1:]  # without what comes into the chunk
+    return sum(part.kept for part in parts) / HOST_LINK
 
 
 def state_bytes(optimizer: OptimizerConfig) -> int:
@@ -85,7 +198,13 @@ def state_bytes(optimizer: OptimizerConfig) -> int:
     return sum(_BYTES[kind] for kind in kinds)
 
 
-def checkpoint_bytes(config: RunConfig, model: ModelConfig) -> int:
-    """Bytes of one checkpoint: weights as computed with, master weights and moments (fp32 weights are their own)."""
-    weights = 2 if config.precision.params_dtype == "bf16" else 0
-    return model_parameters(model) * (weights + state_bytes(config.optimizer))
+def checkpoint_bytes(config: RunConfig, model: ModelConfig, trained: int | None = None) -> int:
+    """Bytes of one checkpoint: weights as computed with, master weights and moments (fp32 weights are their own).
+
+    ``trained``: how many of the parameters train, None = all; of the others there are weights alone.
+    """
+    parameters = model_parameters(model)
+    trained = parameters if trained is None else trained
+    bf16 = config.precision.params_dtype == "bf16"
+    frozen = (parameters - trained) * (2 if bf16 else 4)
+    return trained * ((2 if bf16 else 0) + state_bytes(config.optimizer)) + frozen

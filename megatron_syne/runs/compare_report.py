@@ -7,6 +7,7 @@ from typing import Any
 
 from megatron_syne.runs.compare import Comparison, Difference, Result
 from megatron_syne.runs.history import History
+from megatron_syne.runs.text import readable
 
 
 def report(a: History, b: History, result: Result, tolerance: float, relative: bool) -> str:
@@ -22,7 +23,9 @@ def report(a: History, b: History, result: Result, tolerance: float, relative: b
     if result.left_out:
         blocks.append("\n".join(f"not compared: {each}" for each in result.left_out))
     if result.equal:
-        blocks.append(f"equal {_allowed(tolerance, relative)}")
+        steps = any(each.only_a or each.only_b for each in result.metrics)
+        but = ", but not at the same steps" if steps else ", but not of the same metrics"
+        blocks.append(f"equal {_allowed(tolerance, relative)}{'' if result.same_steps else but}")
     else:
         first = min((each.first for each in result.metrics if each.first), key=lambda each: each.step)
         blocks.append(f"differ first at step {first.step:,}")
@@ -38,10 +41,10 @@ def as_object(a: History, b: History, result: Result, tolerance: float, relative
         "relative": relative,
         **{
             who: {
-                "path": str(each.path),
+                "path": readable(str(each.path)),
                 "last_step": each.last_step,
                 "broken": each.broken,
-                "problems": each.problems,
+                "problems": [readable(problem) for problem in each.problems],
             }
             for who, each in (("a", a), ("b", b))
         },

@@ -19,7 +19,7 @@ from typing import Any
 import orjson
 
 from megatron_syne import __version__
-from megatron_syne.errors import CannotCreate, ConfigError, DataError
+from megatron_syne.errors import DISK_ERRNOS, CannotCreate, ConfigError, DataError
 from megatron_syne.runs.recorder import Series
 
 VERSION = 1
@@ -55,13 +55,9 @@ def write_golden(path: str | Path, name: str, series: Mapping[str, Series]) -> N
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_bytes(orjson.dumps(content) + b"\n")
         os.replace(temporary, path)
-    except (
-        PermissionError,
-        FileExistsError,
-        FileNotFoundError,
-        NotADirectoryError,
-        IsADirectoryError,
-    ) as error:
+    except OSError as error:
+        if error.errno in DISK_ERRNOS:
+            raise
         raise CannotCreate(f"{path}: cannot be created: {error.strerror}") from None
     finally:
         with contextlib.suppress(OSError):

@@ -10,6 +10,7 @@ from typing import Any
 from megatron_syne.errors import DISK_ERRNOS, DataError, MissingInput
 from megatron_syne.runs.golden import read_golden
 from megatron_syne.runs.recorder import Recorder, Series, chosen
+from megatron_syne.runs.text import readable
 
 __all__ = ["History", "Series", "read_history"]
 
@@ -114,7 +115,7 @@ def _name(path: Path) -> str:
     """A run is known by its folder."""
     real = path.resolve()
     inner = path.is_file() or real.name == "tensorboard"
-    return real.parent.name if inner and real.parent.name else real.name
+    return readable(real.parent.name if inner and real.parent.name else real.name)
 
 
 def _planned_stages(path: Path, recorder: Recorder) -> tuple[list[tuple[str, int]], list[str]]:
@@ -126,7 +127,7 @@ def _planned_stages(path: Path, recorder: Recorder) -> tuple[list[tuple[str, int
 
     try:
         data: Mapping[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))["data"]
-        plan = [(str(stage["name"]), float(stage["tokens"])) for stage in data.get("stages") or []]
+        plan = [(readable(str(stage["name"])), float(stage["tokens"])) for stage in data.get("stages") or []]
     except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError, AttributeError):
         return [], [f"{path}: no stages could be read from it"]
     found: list[tuple[str, int]] = []

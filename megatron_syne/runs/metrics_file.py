@@ -67,11 +67,22 @@ def _record(raw: bytes) -> dict[str, Any] | None:
 def _lenient(raw: bytes) -> Any:
     """With NaN and Infinity, which are no JSON but which Python and others write."""
     try:
-        return json.loads(raw)
+        record = json.loads(raw, parse_int=_whole)
+        json.dumps(record, ensure_ascii=False).encode()
+        return record
+    except UnicodeEncodeError:
+        raise ValueError("half a surrogate pair in text") from None
     except UnicodeDecodeError:
         raise ValueError("invalid UTF-8") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"invalid JSON at byte {error.pos + 1} of the line: {error.msg}") from None
+
+
+def _whole(text: str) -> int:
+    """OverflowError for a number of so many digits that no metric can hold it."""
+    number = int(text)
+    float(number)
+    return number
 
 
 def _nothing_follows(stream: BinaryIO) -> bool:

@@ -16,6 +16,7 @@ from megatron_syne.pictures.runs import Curves, Line, Panel
 from megatron_syne.runs.history import History
 from megatron_syne.runs.recorder import Series, chosen
 from megatron_syne.runs.shares import step_parts, token_shares
+from megatron_syne.runs.text import readable
 
 Over = Literal["step", "tokens", "hours"]
 X_LABELS = {"step": "step", "tokens": "tokens consumed", "hours": "hours of training"}
@@ -129,7 +130,8 @@ def curves_of(
 def run_names(paths: Sequence[Path], names: Sequence[str]) -> list[str]:
     """The names of the runs, or their paths where two have the same."""
     return [
-        name if list(names).count(name) == 1 else str(path) for name, path in zip(names, paths, strict=True)
+        name if list(names).count(name) == 1 else readable(str(path))
+        for name, path in zip(names, paths, strict=True)
     ]
 
 

@@ -72,7 +72,11 @@ class Recorder:
 
     def add(self, step: int, record: Mapping[str, Any], where: str) -> None:
         """One record of ``metrics.jsonl``; ``where`` names file and line. Raises ValueError, OverflowError where
-        a number is none."""
+        a number is none; nothing of the record was taken then."""
+        exact = record.get("loss_hex")  # to the bit, and also where JSON had to say null for infinity
+        if exact is not None and not isinstance(exact, str):
+            raise ValueError(f"loss_hex: expected text, found {exact!r:.40}")
+        bits = None if exact is None else float.fromhex(exact)
         late = "harness" in record
         if step > self.newest and not late:
             self.newest = step
@@ -84,9 +88,8 @@ class Recorder:
                 self._insert(name, step, value)
         if "stage" in record:
             self._stage(str(record["stage"]), step)
-        exact = record.get("loss_hex")  # to the bit, and also where JSON had to say null for infinity
-        if isinstance(exact, str) and "loss" in self.series:
-            self.series["loss"].put(step, float.fromhex(exact))
+        if bits is not None and "loss" in self.series:
+            self.series["loss"].put(step, bits)
 
     def forget_after(self, step: int) -> None:
         """What is later than ``step`` was lost with a killed run."""

@@ -20,6 +20,11 @@ def patterns(text: str) -> list[str]:
     return found
 
 
+def readable(text: str) -> str:
+    """A name of the file system with ``?`` for bytes that are no UTF-8: neither JSON nor a picture takes those."""
+    return text.encode("utf-8", "replace").decode()
+
+
 def say(text: str) -> None:
     """Print; control characters, and what the terminal's encoding cannot show, are written out.
 

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
+from drawn import recorded, texts
+from matplotlib.text import Text
 from PIL import Image
 
 from megatron_syne.errors import CannotCreate, ConfigError
-from megatron_syne.pictures.canvas import colours, picture
+from megatron_syne.pictures import canvas, runs
+from megatron_syne.pictures.canvas import colours, picture, style
 from megatron_syne.pictures.lengths import draw_lengths
 from megatron_syne.pictures.mixture import draw_mixture
+from megatron_syne.pictures.runs import Curves, Line, Panel, draw_runs
 
 
 def pixels(path: Path) -> np.ndarray:
@@ -75,3 +80,41 @@ def test_a_picture_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(CannotCreate), picture(tmp_path / "file" / "x.png", 100, 100):
         pass
+
+
+def test_letters_that_no_font_has(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One line of a process names the way out, and no warning of a library; other warnings stay."""
+    monkeypatch.setattr(canvas, "_told_missing", set())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with picture(tmp_path / "x.png", 320, 200) as (axis,):
+            axis.set_title("\U00012000 twice \U00012000\U00012001")
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and said.startswith(f"note: {tmp_path / 'x.png'}: no installed font has ")
+    assert "'\U00012000\U00012001'" in said and ".html" in said
+    with pytest.warns(UserWarning, match="another"), picture(tmp_path / "x.png", 320, 200) as (axis,):
+        axis.set_title("again \U00012000")
+        warnings.warn("another", stacklevel=1)
+    assert not capsys.readouterr().err
+
+
+def test_only_installed_fonts_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """matplotlib would say of each other one, for every text, that it is not there."""
+    monkeypatch.setattr(canvas, "CJK_FONTS", ("No Such Font", "DejaVu Serif"))
+    assert style()["font.family"] == ["DejaVu Sans", "DejaVu Serif"]
+
+
+def test_a_dollar_sign_is_no_formula(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither in names nor in a unit; the numbers of the axes need none."""
+    line = Line(0, r"$\b_{$", [1.0, 2.0], [1e-9, 1e-4])
+    panels = [Panel("p$x_{$", "tokens/$a_{$", [line], log=True), Panel("p", "u", [line])]
+    odd = Curves("$t_{$", [r"$\a_{$"], "step", panels, [[("$s_{$", 1.0)]])
+    seen = recorded(monkeypatch, runs)
+    draw_runs(tmp_path / "odd.png", odd)
+    written = [text for text, _ in texts(seen[0].figure)]
+    assert {"$t_{$", r"$\b_{$", "p$x_{$", "tokens/$a_{$", " $s_{$"} <= set(written)
+    assert {"1e-09", "1e-05"} <= set(written), "logarithmic axis"
+    assert not [text for text in written if "math" in text or r"\times" in text]
+    assert not [text for text in seen[0].figure.findobj(Text) if text.get_parse_math()]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -27,10 +28,12 @@ from megatron_syne.config.schema import (
 from megatron_syne.data.mixture.planning import plan_mixture
 from megatron_syne.models.config import resolve_model
 from megatron_syne.pictures import frontier, learning_rate, memory, mixture, pipeline, ranks
+from megatron_syne.planner import drawings
 from megatron_syne.planner.drawings import draw_plan
 from megatron_syne.planner.hardware import gpu_named
 from megatron_syne.planner.search import evaluate
 from megatron_syne.planner.shapes import shapes
+from megatron_syne.planner.timeline import timeline, waiting_shares
 
 ROOT = Path(__file__).resolve().parents[3]
 GIB = 2**30
@@ -222,6 +225,58 @@ def test_a_schedule_of_each_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert names == [f"{stage}: {point}" for stage in ("bilingual", "long") for point in points]
     for name, axes in seen.items():
         assert axes and not collisions(axes[0].figure), name
+
+
+@pytest.mark.parametrize("name", ["w$x_{$", os.fsdecode(b"bad\xff")])
+def test_a_name_is_no_formula_and_may_be_no_utf8(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    seen = everything(monkeypatch)
+    config = mock("llama3_8b", pipeline_model_parallel_size=2)
+    model = resolve_model(config.model)
+    config.model = replace(model, preset=None, hf_path=str(tmp_path / name))
+    draw_plan(tmp_path / "plan", config, model, 2, H100, [evaluate(config, shapes(config, model), 2, H100)])
+    shown = name.replace("\udcff", "?")
+    for kind in ("memory", "ranks", "pipeline", "frontier"):
+        figure = seen[kind][0].figure
+        assert f"{shown} on 2 x h100" in (figure.get_suptitle() or seen[kind][0].get_title()), kind
+
+
+def test_a_long_step_is_drawn_without_its_middle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+
+    def counted(num_microbatches: int, *sizes: Any) -> Any:
+        asked.append(num_microbatches)
+        return timeline(num_microbatches, *sizes)
+
+    monkeypatch.setattr("megatron_syne.planner.timeline.timeline", counted)
+    monkeypatch.setattr(drawings, "timeline", counted)
+    seen = everything(monkeypatch)
+    config = mock("llama3_8b", pipeline_model_parallel_size=2)
+    config.train.global_batch_size = 100_000
+    model = resolve_model(config.model)
+    draw_plan(tmp_path, config, model, 2, H100)
+    assert asked == [128]
+    whole, fills, drains = seen["pipeline"]
+    title = whole.figure.get_suptitle()
+    assert "100,000 micro-batches, drawn the first 64 and the last 64; bubble " in title
+    assert "0" in {text.get_text() for text in fills.texts}
+    assert "99999" in {text.get_text() for text in drains.texts}
+    assert "without the middle" in whole.get_xlabel() and not collisions(whole.figure)
+    time = evaluate(config, shapes(config, model), 2, H100).time
+    waits = waiting_shares(100_000, time.forward_seconds, time.backward_seconds)
+    assert f"bubble {sum(waits) / 2:.1%}" in title
+    assert [text.get_text() for text in whole.texts] == [f" waits {share:.1%}" for share in waits]
+    shown = page_figures(tmp_path / "plan.html")[1]
+    assert "drawn the first 64" in shown["layout"]["title"]["text"]
+
+
+@pytest.mark.parametrize(("stages", "chunks"), [(2, 1), (4, 1), (4, 3)])
+def test_the_closed_waiting_is_that_of_the_timeline(stages: int, chunks: int) -> None:
+    forward = [1.0 + 0.1 * stage for stage in range(stages)]
+    backward = [2 * seconds for seconds in forward]
+    tasks = timeline(1200, forward, backward, chunks)
+    assert waiting_shares(1200, forward, backward, chunks) == pytest.approx(pipeline.waiting(tasks), abs=2e-3)
 
 
 def test_the_benchmark_draws_its_committed_table() -> None:

@@ -13,7 +13,7 @@ import yaml
 
 from megatron_syne.config.loader import load_config, to_yaml
 from megatron_syne.config.schema import RunConfig
-from megatron_syne.errors import ConfigError, run_cli
+from megatron_syne.errors import ConfigError, DataError, run_cli
 from megatron_syne.models.config import resolve_model
 from megatron_syne.planner import cli
 from megatron_syne.planner.asked import token_count
@@ -26,6 +26,27 @@ SYNE = str(ROOT / "examples/llama3_8b/syne.yaml")
 INF = str(ROOT / "examples/inf_34b/inf_34b.yaml")
 LLAMA = ["--model", "llama3_8b", "--seq-length", "8192", "--global-batch-size", "128"]
 LAYOUT = ["--tensor-model-parallel-size", "2", "--context-parallel-size", "2"]
+
+
+HF_8B = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+    "max_position_embeddings": 8192,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500000.0,
+    "tie_word_embeddings": False,
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "mlp_bias": False,
+    "torch_dtype": "bfloat16",
+    "initializer_range": 0.02,
+}
 
 
 def said(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
@@ -129,28 +150,9 @@ def test_what_cannot_run_is_refused_with_the_trainers_words(overrides: list[str]
 
 
 def test_the_models_three_ways_in_are_one(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    config = {
-        "model_type": "llama",
-        "architectures": ["LlamaForCausalLM"],
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "vocab_size": 128256,
-        "max_position_embeddings": 8192,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 500000.0,
-        "tie_word_embeddings": False,
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "mlp_bias": False,
-        "torch_dtype": "bfloat16",
-        "initializer_range": 0.02,
-    }
     folder = tmp_path / "hf"
     folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "config.json").write_text(json.dumps(HF_8B))
     rest = ["--seq-length", "8192", "--global-batch-size", "128", "--gpus", "8", *LAYOUT]
     plans = [
         facts(capsys, "--model", name, *rest)
@@ -180,6 +182,135 @@ def test_several_counts_are_a_table(capsys: pytest.CaptureFixture[str]) -> None:
     text = said(capsys, *LLAMA, *LAYOUT, "--gpus", "8", "16", "12", "train.seed=3")
     assert "12 GPUs: train.global_batch_size = 128 (command line) is not a multiple of" in text
     assert text.count(" yes ") == 2
+
+
+RAMP = "train.rampup_batch_size=[32,32,500000]"
+
+
+def test_a_ramp_trains_the_budget_and_costs_the_same_in_a_table(capsys: pytest.CaptureFixture[str]) -> None:
+    argv = [*LLAMA, *LAYOUT, "--tokens", "10B", RAMP, "checkpoint.save_interval=100"]
+    plan = facts(capsys, *argv, "--gpus", "16")
+    assert 0 <= plan["run"]["tokens"] - 10**10 < 128 * 8192
+    plain = facts(capsys, *[text for text in argv if text != RAMP], "--gpus", "16")
+    assert plan["run"]["iterations"] > plain["run"]["iterations"]
+    told = facts(capsys, *argv, "--gpus", "16", "32")["counts"][0]
+    assert plan["run"]["checkpoint_hours"] > 0.01
+    for name in ("hours", "gpu_hours", "checkpoint_hours"):
+        assert told[name] == plan["run"][name]
+
+
+def test_several_counts_all_refused_are_an_error() -> None:
+    for more in ([], ["--search"]):
+        text = refused(*LLAMA, "--gpus", "7", "9", *more)
+        assert "7 GPUs: " in text and "\n9 GPUs: " in text
+        assert "nearest legal: 126 or 133" in text
+
+
+@pytest.mark.parametrize(
+    ("gpu", "recipe"), [("a100-80gb", "tensorwise"), ("a100-40gb", "delayed"), ("l40s", "blockwise")]
+)
+def test_fp8_that_a_gpu_has_not(gpu: str, recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = [*LLAMA, *LAYOUT, "--gpu", gpu, "--gpus", "64", f"precision.fp8={recipe}"]
+    for more in ([], ["--search"], ["--gpus", "32", "64"]):
+        text = refused(*argv, *more)
+        assert f"precision.fp8 = {recipe}: --gpu {gpu}" in text
+        assert text.partition("these have: ")[2].startswith("h100, ")
+        assert "a100" not in text.partition("these have: ")[2]
+    taken = [["precision.fp8_emulation=true"], *([["precision.fp8=tensorwise"]] if gpu == "l40s" else [])]
+    for more in taken:
+        assert cli.main([*argv, *more, "--json"]) in (0, cli.EXIT_DOES_NOT_FIT)
+        assert json.loads(capsys.readouterr().out)["stages"][0]["step_seconds"] > 0
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        ([*LLAMA, *LAYOUT, "--gpus", "16"], []),
+        (["--config", INF, "--gpus", "256"], ["sequences of 32,768 tokens and more (off by up to "]),
+        ([*LLAMA, *LAYOUT, "--gpus", "16", "--gpu", "h200"], ["h200 (off by "]),
+        ([*LLAMA, *LAYOUT, "--gpus", "64", "--gpu", "a100-80gb"], ["a100-80gb (never measured against)"]),
+        (
+            ["--model", "llama3_1_405b", *LLAMA[2:], "--gpus", "1024", "--tensor-model-parallel-size", "8"],
+            ["more than 80 billion parameters (off by up to "],
+        ),
+    ],
+)
+def test_a_plan_outside_of_what_was_measured_says_so(
+    argv: list[str], words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    cli.main([*argv, "--json"])
+    told = json.loads(capsys.readouterr().out)
+    assert len(told["accuracy"]["outside"]) == len(words)
+    for said_, expected in zip(told["accuracy"]["outside"], words, strict=True):
+        assert said_.startswith(expected)
+    assert ("This plan lies outside of those rows" in text_of(told)) == bool(words)
+    if words and "--gpus" in argv:
+        cli.main([*argv[: argv.index("--gpus") + 1], "512", *argv[argv.index("--gpus") + 1 :]])
+        assert "lies outside" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        [],
+        ["--precision", "tensorwise", "--tokens", "7B", RAMP],
+        [
+            "model.num_layers=16",
+            "precision.fp8=blockwise",
+            "precision.fp8_guard.interval=7",
+            "optimizer.use_precision_aware_optimizer=true",
+            "optimizer.exp_avg_dtype=bf16",
+            "parallel.overlap_grad_reduce=false",
+            "parallel.overlap_param_gather=false",
+            "checkpoint.save_interval=100",
+            "optimizer.lr=1.0e-05",
+        ],
+    ],
+)
+def test_the_yaml_that_a_search_prints_is_the_run_it_predicts(
+    more: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    argv = [*LLAMA, "--gpus", "16", *more]
+    planned = facts(capsys, *argv, "--search")
+    text = said(capsys, *argv, "--search").partition("The first as a YAML file")[2]
+    path = tmp_path / "run.yaml"
+    path.write_text(text.partition("\n")[2].partition("\n\n")[0])
+    again = facts(capsys, "--config", str(path), "--gpus", "16")
+    assert planned.pop("search")["candidates"]
+    assert again == planned
+
+
+def test_the_yaml_of_a_model_in_a_folder_finds_it(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(HF_8B))
+    monkeypatch.chdir(tmp_path)
+    for name in ("hf", "hf/config.json"):
+        text = said(capsys, "--model", name, *LLAMA[2:], "--gpus", "16", "--search")
+        path = tmp_path / "elsewhere" / "run.yaml"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text.partition("The first as a YAML")[2].partition("\n")[2].partition("\n\n")[0])
+        again = said(capsys, "--config", str(path), "--gpus", "16")
+        assert text.partition("Memory of a rank")[2] == again.partition("Memory of a rank")[2]
+
+
+@pytest.mark.parametrize("way", ["folder", "file", "config", "override"])
+def test_more_layers_than_any_model_has(way: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(HF_8B | {"num_hidden_layers": 1001}))
+    config = RunConfig(run_dir="run")
+    config.model.hf_path, config.data.mock, config.train.train_iters = str(tmp_path), True, 5
+    (tmp_path / "run.yaml").write_text(to_yaml(config))
+    argv = {
+        "folder": ["--model", str(tmp_path), *LLAMA[2:]],
+        "file": ["--model", str(tmp_path / "config.json"), *LLAMA[2:]],
+        "config": ["--config", str(tmp_path / "run.yaml")],
+        "override": [*LLAMA, "model.num_layers=1001"],
+    }[way]
+    wanted = ConfigError if way == "override" else DataError
+    field = "model.num_layers" if way == "override" else "num_hidden_layers"
+    with pytest.raises(wanted, match=f"{field} = 1,001.*at most 1,000"):
+        cli.main([*argv, "--gpus", "8"])
 
 
 def test_search_tells_of_the_configurations_own_layout(capsys: pytest.CaptureFixture[str]) -> None:
@@ -273,6 +404,12 @@ def test_bad_input_is_named(argv: list[str], words: str) -> None:
         ([], 64),
         (["--config", SYNE, "--top", "0"], 64),
         (["--config", SYNE, "--search", "platform=cpu"], 64),
+        (["--config", SYNE, "--gpus", "64", "128", "platform=cpu"], 64),
+        ([*LLAMA, "--gpus", "8", "16", "--plot", "pictures"], 64),
+        ([*LLAMA, "--gpus", "7", "9", "--json"], 64),
+        ([*LLAMA, "--gpus", "8", "--tokens", "9" * 400], 64),
+        (["--model", "a" * 300, "--gpus", "8", *LLAMA[2:]], 64),
+        (["--config", "a" * 300], 66),
     ],
 )
 def test_exit_codes(argv: list[str], code: int, capsys: pytest.CaptureFixture[str]) -> None:

@@ -21,9 +21,12 @@ from megatron_syne.config.schema import (
     TrainConfig,
 )
 from megatron_syne.models.config import resolve_model
+from megatron_syne.monitor.speed import peak_flops
+from megatron_syne.parallel.topology import chunk_layers
 from megatron_syne.planner import costs, update
 from megatron_syne.planner.calibration import FITTED, IN_USE, accuracy, error, fit
 from megatron_syne.planner.hardware import GPUS
+from megatron_syne.planner.model_state import rank_parameters
 from megatron_syne.planner.published import ROWS
 from megatron_syne.planner.speed import PARTS, StepTime, step_time
 from megatron_syne.planner.stacks import MEGATRON, TORCHTITAN, TORCHTITAN_EAGER
@@ -368,10 +371,153 @@ def test_checkpoint_takes_its_bytes() -> None:
 
 
 def test_offloaded_optimizer_waits_for_the_host() -> None:
-    run = config("llama3_8b")
+    """For the copies, and for Adam at the rate of the host's memory, shared by a node's GPUs."""
+    run = config("llama3_8b", use_distributed_optimizer=True)
+    optimizer = run.optimizer
     plain = predict(run, 8).parts["optimizer"]
-    run.optimizer.optimizer_cpu_offload = True
-    assert predict(run, 8).parts["optimizer"] > 3 * plain
+    optimizer.optimizer_cpu_offload = True
+    shard = model_parameters(resolve_model(run.model)) / 8
+    copies = shard * (4 + 2) / update.HOST_LINK
+    host = shard * (4 + 24 + 2) * 8 / update.HOST_MEMORY  # gradient, three fp32 read and written, bf16 weight
+    whole = predict(run, 8).parts["optimizer"]
+    assert copies + host < whole < copies + host + plain
+    optimizer.overlap_cpu_optimizer_d2h_h2d = True
+    assert host < predict(run, 8).parts["optimizer"] < whole - copies / 2
+    optimizer.overlap_cpu_optimizer_d2h_h2d = False
+    optimizer.optimizer_offload_fraction = 0.5
+    assert predict(run, 8).parts["optimizer"] == pytest.approx((whole + plain) / 2)
+
+
+# Activations in host memory
+
+
+def test_offloaded_activations_wait_for_the_host() -> None:
+    """What the copies take beyond the layers that they hide behind, both ways: 1.1 GB a layer here."""
+
+    def offloaded(layers: int | None, **changes: object) -> StepTime:
+        memory = MemoryConfig(cpu_offloading=True, cpu_offloading_num_layers=layers)
+        return predict(config("llama3_8b", memory=memory, **changes), 8)  # type: ignore[arg-type]
+
+    run = config("llama3_8b")
+    plain, some, most = predict(run, 8), offloaded(8), offloaded(31)
+    assert plain.parts["activation offload"] == 0
+    one = update.offload_seconds(run, resolve_model(run.model), 0)
+    assert one * update.HOST_LINK == pytest.approx(1.14e9, rel=0.05)
+    # each of 8 micro-batches copies each of 31 layers to the host and back, behind all 32
+    forward, backward = costs.layer(costs.rank_of(run, resolve_model(run.model), H100, MEGATRON))
+    shows = 8 * (31 * 2 * one - 32 * (forward.seconds + backward.seconds))
+    assert most.parts["activation offload"] == pytest.approx(shows)
+    assert most.seconds - plain.seconds == pytest.approx(shows)
+    assert 0 < some.parts["activation offload"] < most.parts["activation offload"] / 4
+    assert offloaded(None).parts == most.parts
+    assert offloaded(31, fp8="tensorwise").parts["activation offload"] < shows
+
+
+# Frozen parameters
+
+
+def frozen(run: RunConfig, *train_only: str, freeze: tuple[str, ...] = ()) -> RunConfig:
+    run.optimizer.train_only, run.optimizer.freeze = list(train_only), list(freeze)
+    return run
+
+
+MATRICES = ("*.linear_*.weight", "output_layer.weight")
+
+
+def test_frozen_matrices_have_no_weight_gradient() -> None:
+    """A third of the products; gradients, optimizer and checkpoint follow what trains."""
+    plain = predict(config("llama3_8b"), 8)
+    rest = predict(frozen(config("llama3_8b"), freeze=MATRICES), 8)
+    # weight gradients take a little more than a third: they are added to fp32 buffers
+    assert 0.64 < rest.parts["matrices"] / plain.parts["matrices"] < 2 / 3
+    for part in ("attention", "elementwise"):
+        assert rest.parts[part] == plain.parts[part]
+    share = (128256 + 65) * 4096 / 8.0303e9  # embedding and norms
+    for part in ("dp communication", "optimizer"):
+        assert rest.parts[part] == pytest.approx(plain.parts[part] * share, rel=0.01)
+    assert rest.checkpoint_seconds == pytest.approx(
+        plain.checkpoint_seconds * (2 + 12 * share) / 14, rel=1e-3
+    )
+    feed_forward = predict(frozen(config("llama3_8b"), freeze=("*.mlp.linear_*",)), 8)
+    assert rest.parts["matrices"] < feed_forward.parts["matrices"] < plain.parts["matrices"]
+
+
+def test_no_backward_pass_below_the_first_layer_that_trains() -> None:
+    plain = predict(config("llama3_8b"), 8)
+    first, last = (predict(frozen(config("llama3_8b"), f"decoder.layers.{n}.*"), 8) for n in (0, 31))
+    assert last.seconds < 0.55 * first.seconds < 0.55 * plain.seconds
+    assert first.parts["attention"] == plain.parts["attention"]
+    run = config("llama3_8b")
+    forward, backward = costs.attention_seconds(costs.rank_of(run, resolve_model(run.model), H100, MEGATRON))
+    assert last.parts["attention"] == pytest.approx(8 * (32 * forward + backward))
+    embedding = predict(frozen(config("llama3_8b"), "decoder.layers.31.*", "embedding.*"), 8)
+    assert embedding.parts["attention"] == plain.parts["attention"]
+    # recomputation begins the graph at the embedding, whatever is frozen
+    again = predict(frozen(config("llama3_8b", memory=FULL), "decoder.layers.31.*"), 8)
+    assert again.parts["attention"] == plain.parts["attention"] and again.parts["recompute"] > 0
+
+
+def test_only_the_first_chunk_goes_without_a_backward_pass() -> None:
+    """Tensors that pipeline stages receive ask for a gradient."""
+    last = predict(frozen(config(tp=4, pp=4), "decoder.layers.79.*"), 32)
+    assert last.backward_seconds[0] == 0 < last.backward_seconds[1] == last.backward_seconds[2]
+    chunks = predict(frozen(config(tp=4, pp=4, vpp=5), "decoder.layers.79.*"), 32)
+    assert chunks.backward_seconds[0] == pytest.approx(0.8 * chunks.backward_seconds[1])
+    # what the first stage has to update is waited for, though the last sets the pace
+    first = predict(frozen(config(tp=4, pp=4), "decoder.layers.0.*"), 32)
+    assert first.parts["optimizer"] == pytest.approx(last.parts["optimizer"]) and first.parts["optimizer"] > 0
+
+
+def test_a_frozen_weight_gathers_nothing_again() -> None:
+    run = config(tp=4)
+    rank = costs.rank_of(run, resolve_model(run.model), H100, MEGATRON)
+    one = costs.tp_collective_seconds(rank)
+    backward = costs.layer(rank, trained=frozenset())[1]
+    assert backward.tp == pytest.approx(
+        2 * (one + one)
+    )  # of two pairs: gathered and scattered once, both seen
+
+
+@pytest.mark.parametrize(
+    ("preset", "tp", "pp"), [("llama3_70b", 4, 4), ("llama3_2_1b", 2, 2), ("llama3_2_1b", 2, 1)]
+)
+@pytest.mark.parametrize(
+    ("train_only", "freeze"),
+    [
+        (["*.layers.0.*", "*final*"], []),
+        ([], ["*embedding*"]),
+        ([], ["*.mlp.*", "output*"]),
+        (["*norm*"], []),
+    ],
+)
+def test_numbers_that_train_are_those_of_the_memory_plan(
+    preset: str, tp: int, pp: int, train_only: list[str], freeze: list[str]
+) -> None:
+    run = frozen(config(preset, tp=tp, pp=pp), *train_only, freeze=tuple(freeze))
+    model = resolve_model(run.model)
+    trained, rank = update.what_trains(run, model), costs.rank_of(run, model, H100, MEGATRON)
+    assert trained is not None
+    assert trained.numbers(rank, chunk_layers(run.parallel, model.num_layers or 0)) == [
+        sum(p.size for chunk in chunks for p in chunk if p.trains) for chunks in rank_parameters(run, model)
+    ]
+
+
+def test_all_trains_where_no_pattern_says_otherwise() -> None:
+    run = config("llama3_8b")
+    plain = predict(run, 8)
+    assert update.what_trains(run, resolve_model(run.model)) is None
+    every = predict(frozen(run, "*"), 8)
+    assert every.parts == plain.parts and every.checkpoint_seconds == plain.checkpoint_seconds
+
+
+@pytest.mark.parametrize("emulation", [False, True])
+def test_mfu_is_of_the_peak_that_products_run_at(emulation: bool) -> None:
+    """Emulated FP8 computes in bf16; the same peak as the trainer's log."""
+    run = config(tp=4, fp8="tensorwise")
+    run.precision.fp8_emulation = emulation
+    found = predict(run, 4).peak_flops
+    assert found == (H100.bf16_flops if emulation else H100.fp8_flops)
+    assert found == peak_flops(run, "NVIDIA H100 80GB HBM3")
 
 
 def test_names_of_rows_are_unique() -> None:

@@ -59,12 +59,41 @@ def candidates_8b() -> list[Candidate]:
     return found_by(run_of("llama3_8b", 128), 8)
 
 
-def test_every_candidate_passes_the_trainers_rules(candidates_8b: list[Candidate], tmp_path: Path) -> None:
-    assert len(candidates_8b) > 50
-    model = resolve_model(candidates_8b[0].config.model)
-    for each in candidates_8b:
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"data.reset_attention_mask": True},
+        {"data.reset_attention_mask": True, "data.reset_position_ids": True, "data.packing": "greedy"},
+        {"train.rampup_batch_size": [8, 4, 400]},
+        {"precision.fp8": "delayed"},
+        {"precision.fp8": "blockwise", "precision.fp8_param_gather": True},
+        {
+            "precision.fp8": "tensorwise",
+            "precision.first_last_layers_bf16": True,
+            "precision.num_layers_at_start_in_bf16": 2,
+        },
+        {"parallel.cp_comm_type": "a2a", "parallel.tp_comm_overlap": True},
+        {"parallel.overlap_grad_reduce": True, "parallel.overlap_param_gather": True},
+        {"parallel.use_distributed_optimizer": False},
+        {"memory.cpu_offloading": True, "memory.cpu_offloading_num_layers": 2},
+        {"memory.distribute_saved_activations": True},
+        {"optimizer.use_precision_aware_optimizer": True, "optimizer.optimizer_cpu_offload": True},
+    ],
+    ids=lambda options: ", ".join(options) or "plain",
+)
+def test_every_candidate_passes_the_trainers_rules(options: dict[str, object]) -> None:
+    config = changed(toy(), options)
+    model = resolve_model(config.model)
+    candidates = found_by(config, 8)
+    assert len(candidates) > 5
+    for each in candidates:
         check(each.config, model, 8, "cuda")
-    config = staged(tmp_path)
+
+
+@pytest.mark.parametrize("documents", [False, True])
+def test_every_candidate_passes_the_rules_of_stages(documents: bool, tmp_path: Path) -> None:
+    config = changed(staged(tmp_path), {"data.reset_attention_mask": documents})
     model = resolve_model(config.model)
     for each in found_by(config, 8):
         assert not _layout_problems(each.config, model)
@@ -75,7 +104,8 @@ def _layout_problems(config: RunConfig, model: ModelConfig) -> str:
     try:
         check(config, model, 8, "cuda")
     except ConfigError as error:
-        return "\n".join(line for line in str(error).splitlines() if "parallel." in line or "batch" in line)
+        words = ("parallel.", "batch", "reset_attention_mask")
+        return "\n".join(line for line in str(error).splitlines() if any(word in line for word in words))
     return ""
 
 
@@ -199,6 +229,19 @@ def test_a_ramp_keeps_its_batches(tmp_path: Path) -> None:
     for each in found_by(config, 8):
         unit = each.config.train.micro_batch_size * (each.config.parallel.data_parallel_size or 1)
         assert all(size % unit == 0 for size in (4, 8, 12, 16))
+        steps = [
+            (
+                evaluate(
+                    changed(each.config, {"train.rampup_batch_size": [], "train.global_batch_size": size}),
+                    [replace(stages[0], batches=((size, count),))],
+                    8,
+                    H100,
+                ).run_seconds
+            )
+            for size, count in stages[0].batches
+        ]
+        assert each.run_seconds == pytest.approx(sum(steps))
+        assert each.run_seconds < each.time.seconds * stages[0].iterations
 
 
 def test_nothing_fits_and_what_would_help() -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from megatron_syne.errors import EXIT_CONFIG, EXIT_DATA, EXIT_NO_INPUT, DataError, run_cli
+from megatron_syne.errors import EXIT_CANNOT_CREATE, EXIT_CONFIG, EXIT_DATA, EXIT_NO_INPUT, DataError, run_cli
 from megatron_syne.runs.compare import compare
 from megatron_syne.runs.compare_report import ranges
 from megatron_syne.runs.golden import read_golden
@@ -131,8 +133,54 @@ def test_steps_that_only_one_has(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert said["metrics"]["loss"]["only_a"] == [5, 6] and said["metrics"]["loss"]["only_b"] == []
     assert "metrics.jsonl:5: breaks off" in said["b"]["problems"][0]
     assert said["not_compared"] == ["validation/zh: only in A"]
-    assert code(a, b, "--all-steps") == 1 and code(a, a, "--all-steps") == 0
+    capsys.readouterr()
+    assert code(a, b, "--all-steps") == 1
+    assert capsys.readouterr().out.endswith("\nequal to the bit, but not at the same steps\n")
+    assert code(a, a, "--all-steps") == 0 and capsys.readouterr().out.endswith("\nequal to the bit\n")
     assert code(b, a) == 0 and "only in B: 2 steps, 5, 6" in capsys.readouterr().out
+
+
+def test_a_metric_that_only_one_has(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    a, b = run(tmp_path / "a", LOSSES, {3: 1.0}), run(tmp_path / "b", LOSSES)
+    assert code(a, b) == 0
+    assert capsys.readouterr().out.endswith("\nequal to the bit, but not of the same metrics\n")
+
+
+def test_a_name_that_is_no_utf8(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Latin-1 of an old archive: JSON, a golden file and pictures name it with a question mark."""
+    a, b = (
+        run(tmp_path / os.fsdecode(b"bad\xff"), LOSSES),
+        run(tmp_path / "b" / os.fsdecode(b"bad\xff"), LOSSES),
+    )
+    result, said = found(capsys, a, b)
+    assert result == 0 and said["a"]["path"] == str(tmp_path / "bad?")
+    assert code(a, "--write-golden", tmp_path / "g.json") == 0
+    assert read_golden(tmp_path / "g.json")[0] == "bad?"
+    for name in ("p.png", "p.html"):
+        assert code(a, b, "--output", tmp_path / name) == 0 and (tmp_path / name).is_file()
+
+
+@pytest.mark.parametrize("option", ["--output", "--write-golden"])
+def test_a_file_that_cannot_be_made(tmp_path: Path, option: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Names too long, read-only disks and loops of links are 73; a full disk stays 74."""
+    a = run(tmp_path / "a", LOSSES)
+    runs, ends = ([a, a], (".png", ".html")) if option == "--output" else ([a], (".json",))
+    for end in ends:
+        assert code(*runs, option, tmp_path / ("x" * 300 + end)) == EXIT_CANNOT_CREATE
+        for number, expected in (
+            (errno.EROFS, 73),
+            (errno.ELOOP, 73),
+            (errno.ENOSPC, 74),
+            (errno.EDQUOT, 74),
+        ):
+            with monkeypatch.context() as patch:
+
+                def refuse(*names: object, number: int = number) -> None:
+                    raise OSError(number, os.strerror(number))
+
+                patch.setattr(os, "replace", refuse)
+                assert code(*runs, option, tmp_path / f"x{end}") == expected
+    assert [each.name for each in tmp_path.iterdir()] == ["a"]
 
 
 def test_damage_is_not_equal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
