@@ -9,6 +9,7 @@ infinite number.
 from __future__ import annotations
 
 import math
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,7 +107,7 @@ def parse(text: str, file: Path | None) -> Node:
 
 def read_file(file: Path) -> Node:
     """Tree of one file; raises MissingInput where it is absent, ConfigError where it is no YAML mapping."""
-    if not file.exists():
+    if not os.path.exists(file):  # Path.exists() raises for a name that is too long
         raise MissingInput(f"configuration {show_path(file)} does not exist")
     if not file.is_file():
         raise ConfigError(f"configuration {show_path(file)} is not a regular file")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
     Refuses duplicate keys and NaN (two readers would disagree about them) and files above 64 MiB.
     """
-    if not path.is_file():
+    if not os.path.isfile(path):  # Path.is_file() raises for a name that is too long
         raise MissingInput(f"{path}: no such file")
     with path.open("rb") as stream:
         return parse_json(stream.read(JSON_LIMIT_BYTES + 1), str(path))

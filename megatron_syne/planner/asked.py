@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import errno
 import os
 import re
 from collections.abc import Sequence
@@ -15,7 +14,7 @@ from megatron_syne.config.loader import config_of, config_origin, load_config
 from megatron_syne.config.schema import ModelConfig, RunConfig
 from megatron_syne.config.stages import stage_batch
 from megatron_syne.data.mixture.ramp import batch_rows, check_ramp
-from megatron_syne.errors import ConfigError, DataError, MissingInput
+from megatron_syne.errors import ConfigError, DataError
 from megatron_syne.models.config import PRESETS, resolve_model
 from megatron_syne.models.hf_config import model_config_from_hf
 from megatron_syne.models.json_file import read_json
@@ -69,7 +68,7 @@ def configuration(options: argparse.Namespace, overrides: Sequence[str]) -> RunC
                 f"--{', --'.join(names)}: with --model alone; a configuration says it itself, or is told otherwise "
                 f"by section.option=value"
             )
-        return _read(options.config, overrides)
+        return load_config(options.config, overrides)
     texts = [*GIVEN_BY_DEFAULT, *(f"{key}={value}" for key, value in given.items())]
     if options.precision is not None:
         if options.precision not in PRECISIONS:
@@ -100,15 +99,6 @@ def resolved(config: RunConfig) -> ModelConfig:
             raise ConfigError(f"model.num_layers = {model.num_layers:,}: {wanted}")
         raise DataError(f"config.json of the model: num_hidden_layers = {model.num_layers:,}; {wanted}")
     return model
-
-
-def _read(path: str, overrides: Sequence[str]) -> RunConfig:
-    try:
-        return load_config(path, overrides)
-    except OSError as error:
-        if error.errno != errno.ENAMETOOLONG:
-            raise
-        raise MissingInput(f"--config: no file has so long a name: {path[:60]}...") from None
 
 
 def _iterations(config: RunConfig, tokens: int) -> int:
