@@ -58,7 +58,11 @@ def wait_ranks(processes: list[subprocess.Popen], timeout: float = 300.0) -> lis
     while any(p.poll() is None for p in processes):
         failed = [p for p in processes if p.poll() not in (None, 0, 75)]
         if failed or time.monotonic() > end:
-            time.sleep(2.0)
+            grace = time.monotonic() + (
+                10.0 if failed else 2.0
+            )  # on a busy machine the others take their time
+            while time.monotonic() < grace and any(p.poll() is None for p in processes):
+                time.sleep(0.05)
             for p in processes:
                 if p.poll() is None:
                     p.kill()
