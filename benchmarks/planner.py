@@ -231,12 +231,11 @@ over, no more: `tools/plan.py` plans GPUs.
 """
 
 CPU_READING = """
-- Layers: the formulas hold; a step grows as the work.
-- Width: one rate does not fit all: a CPU's products of 128 reach less of it, those of 512 and more up to a
-  quarter more.
-- Sequence: they hold while a head's scores fit the cache (512 tokens); beyond, written-out scores cost more than their
-  arithmetic. The planner assumes a kernel that never writes them, as on GPUs.
-- Ranks: DP and PP come within 10 to 35 %; TP and CP cost twice what is predicted, as the delays of many small messages
+- Layers: the formulas hold to 3 %; a step grows as the work.
+- Width: one rate does not fit all (-15 to +12 %): a CPU's products of 128 reach less of it, those of 512 and more up to
+  a tenth more.
+- Sequence: within 20 % up to 2,048 tokens, since the CPU platform too has a kernel that never writes out the scores.
+- Ranks: DP and PP come within 12 %; TP and CP cost up to twice what is predicted, as the delays of many small messages
   over gloo are not in the formulas, and the products that are cut are small already.
 """
 
