@@ -50,16 +50,14 @@ class _CudaToCpu(TorchFunctionMode):
     """Redirect what the engine addresses to CUDA."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.Tensor.cuda:
+            return args[0]
         if kwargs:  # most calls have none, and every call comes through here
             if str(kwargs.get("device", "")).startswith("cuda"):
                 kwargs = {**kwargs, "device": _CPU}
             if kwargs.get("pin_memory"):
                 kwargs = {**kwargs, "pin_memory": False}
-            if func is not torch.Tensor.cuda:
-                return func(*args, **kwargs)
-        if func is torch.Tensor.cuda:
-            return args[0]
-        if func is torch.Tensor.type and len(args) == 1:
+        elif func is torch.Tensor.type and len(args) == 1:
             return func(args[0]).replace("torch.", "torch.cuda.", 1)
         if (
             func is torch.Tensor.to
@@ -68,7 +66,7 @@ class _CudaToCpu(TorchFunctionMode):
             and str(args[1]).startswith("cuda")
         ):
             args = (args[0], _CPU, *args[2:])
-        return func(*args)
+        return func(*args, **(kwargs or {}))
 
 
 _bridge: _CudaToCpu | None = None

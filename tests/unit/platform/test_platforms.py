@@ -101,3 +101,19 @@ def test_the_cpu_platform_hides_gpus() -> None:
         CUDA_VISIBLE_DEVICES="0",
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_what_is_addressed_to_cuda_stays_on_the_cpu() -> None:
+    """By every spelling that the engine and torch have, with other options and without."""
+    done = run_python(
+        "from megatron_syne.platform.base import select\n"
+        "    select('cpu').start(0, PrecisionConfig())\n"
+        "    import torch\n"
+        "    x = torch.ones(2)\n"
+        "    moved = [x.to('cuda', non_blocking=True), x.to('cuda'), x.to(device='cuda', dtype=torch.bfloat16),\n"
+        "             x.cuda(0), x.cuda(non_blocking=True), torch.zeros(2, device='cuda', pin_memory=True)]\n"
+        "    assert all(each.device == torch.device('cpu') for each in moved)\n"
+        "    assert moved[2].dtype is torch.bfloat16 and x.type(torch.float64).dtype is torch.float64\n"
+        "    assert x.type() == 'torch.cuda.FloatTensor'"
+    )
+    assert done.returncode == 0, done.stderr
