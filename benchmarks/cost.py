@@ -51,9 +51,9 @@ class Point:
         return self.tp * self.pp * self.cp * self.dp
 
     @property
-    def flops(self) -> float:
-        """Floating-point operations of one token, forward and backward."""
-        model = ModelConfig(
+    def model(self) -> ModelConfig:
+        """The small Llama of this run."""
+        return ModelConfig(
             model_type="llama",
             num_layers=self.layers,
             hidden_size=self.hidden,
@@ -61,8 +61,16 @@ class Point:
             num_attention_heads=8,
             num_query_groups=4,
             vocab_size=VOCABULARY,
+            max_position_embeddings=4096,
+            layernorm_epsilon=1e-5,
+            rotary_base=500000.0,
+            share_embeddings_and_output_weights=False,
         )
-        return model_flops_per_token(model, self.seq_length)
+
+    @property
+    def flops(self) -> float:
+        """Floating-point operations of one token, forward and backward."""
+        return model_flops_per_token(self.model, self.seq_length)
 
 
 BASE = Point()

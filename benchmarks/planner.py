@@ -18,11 +18,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-from cost import AXES, BASE, SAMPLES, VOCABULARY, Point, label  # noqa: E402
+from cost import AXES, BASE, SAMPLES, Point, label  # noqa: E402
 
 from megatron_syne.config.schema import (  # noqa: E402
     DataConfig,
-    ModelConfig,
     ParallelConfig,
     PrecisionConfig,
     RunConfig,
@@ -138,18 +137,7 @@ def cpu_seconds(point: Point, rate: float) -> float:
     config = RunConfig(
         run_dir="run",
         platform="cpu",
-        model=ModelConfig(
-            num_layers=point.layers,
-            hidden_size=point.hidden,
-            ffn_hidden_size=3 * point.hidden,
-            num_attention_heads=8,
-            num_query_groups=4,
-            vocab_size=VOCABULARY,
-            max_position_embeddings=4096,
-            layernorm_epsilon=1e-5,
-            rotary_base=500000.0,
-            share_embeddings_and_output_weights=False,
-        ),
+        model=point.model,
         parallel=ParallelConfig(
             tensor_model_parallel_size=point.tp,
             pipeline_model_parallel_size=point.pp,

@@ -72,4 +72,4 @@ def peak_flops(config: RunConfig, device_name: str | None) -> float | None:
     if gpu is None:
         return None
     in_fp8 = config.precision.fp8 is not None and not config.precision.fp8_emulation
-    return gpu.fp8_flops if in_fp8 and gpu.fp8_flops else gpu.bf16_flops
+    return gpu.peak_flops(in_fp8)

@@ -34,6 +34,10 @@ class Gpu:
     """The recipes that Transformer Engine has on it: FP8 from compute capability 8.9 on, blockwise from 9.0 on
     (``check_fp8_support`` and ``check_fp8_block_scaling_support`` in its ``pytorch/quantization.py``)."""
 
+    def peak_flops(self, in_fp8: bool) -> float:
+        """FLOP/s that MFU is of: FP8's where a run computes in it (not emulated) and the GPU has it, else bf16's."""
+        return self.fp8_flops if in_fp8 and self.fp8_flops else self.bf16_flops
+
 
 def _gib(amount: float) -> int:
     return int(amount * GIB)

@@ -137,14 +137,13 @@ def step_time(
         "optimizer": update.optimizer_seconds(config, rank, dp, updated),
     }
     in_fp8 = config.precision.fp8 is not None and not config.precision.fp8_emulation
-    peak = gpu.fp8_flops if in_fp8 and gpu.fp8_flops else gpu.bf16_flops
     saved = None if trained is None else _trained_of_model(model, rank, trained)
     return StepTime(
         parts=parts,
         tokens_per_step=batch.tokens_per_step,
         world_size=world_size,
         model_flops_per_token=model_flops_per_token(model, batch.seq_length),
-        peak_flops=peak,
+        peak_flops=gpu.peak_flops(in_fp8),
         forward_seconds=forward,
         backward_seconds=backward,
         num_microbatches=m,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +13,7 @@ from megatron_syne.config.schema import ModelConfig, MonitorConfig, PrecisionCon
 from megatron_syne.models.flops import model_flops_per_token
 from megatron_syne.monitor import speed
 from megatron_syne.monitor.speed import Speed, peak_flops
+from megatron_syne.planner.hardware import GPUS
 
 MODEL = ModelConfig(
     model_type="llama",
@@ -71,8 +73,8 @@ def test_peak(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     gpus = {
-        "known": SimpleNamespace(bf16_flops=1e15, fp8_flops=2e15),
-        "without fp8": SimpleNamespace(bf16_flops=5e14, fp8_flops=0.0),
+        "known": replace(GPUS["h100"], bf16_flops=1e15, fp8_flops=2e15),
+        "without fp8": replace(GPUS["h100"], bf16_flops=5e14, fp8_flops=0.0),
     }
     monkeypatch.setattr(speed, "gpu_of_device", gpus.get)
     config = RunConfig(precision=PrecisionConfig(**precision), monitor=MonitorConfig(peak_flops=given))
