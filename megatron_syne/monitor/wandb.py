@@ -13,7 +13,6 @@ the steps that a killed run repeats.
 from __future__ import annotations
 
 import secrets
-import sys
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_syne.config.schema import RunConfig
 from megatron_syne.errors import ConfigError
-from megatron_syne.monitor.step import fp8_events, is_due, is_per_layer, stage_number, tokens_read
+from megatron_syne.monitor.step import fp8_events, is_due, is_per_layer, stage_number, tell, tokens_read
 from megatron_syne.training.callback import Callback
 
 if TYPE_CHECKING:
@@ -133,4 +132,4 @@ class WandbRun(Callback):
             what(self.run)
         except Exception as error:  # whatever it is, the training is worth more
             self.run = None
-            print(f"Weights & Biases: {error}; nothing more is logged there", file=sys.stderr)
+            tell(f"Weights & Biases: {error}; nothing more is logged there")
