@@ -130,6 +130,9 @@ class MemoryConfig:
     """With ``selective``: ``core_attn``, ``mlp``, ``layernorm``; not given = ``core_attn``."""
     distribute_saved_activations: bool = False
     """With ``full``: kept inputs are cut over TP (not beside ``sequence_parallel``, which cuts them already)."""
+    loss_chunk_tokens: int | None = None
+    """Compute output layer and loss in parts of so many tokens (of this rank, samples together), each part's logits
+    once more in the backward pass: they never stand whole. Not given = whole."""
     cpu_offloading: bool = False
     """Keep activations of ``cpu_offloading_num_layers`` layers in host memory (Transformer Engine on CUDA, PP 1)."""
     cpu_offloading_num_layers: int | None = None
@@ -429,6 +432,9 @@ class TrainConfig:
     arXiv 2310.05914); 0 = none."""
     seed: int = 1234
     """Seed of initialisation, shuffling and noise."""
+    deterministic_mode: bool = False
+    """Only kernels that give the same bits in every run (slower): a resumed run then repeats an uninterrupted one to
+    the last bit on CUDA too. The CPU platform does so in any case."""
 
 
 @dataclass
@@ -445,6 +451,8 @@ class CheckpointConfig:
     """Save every so many iterations; a last checkpoint is written at the end in any case."""
     keep_latest: int = 3
     """Number of checkpoints kept; 0 = all."""
+    async_save: bool = False
+    """Write checkpoints beside the training: a step waits only until its values are copied."""
 
 
 @dataclass
