@@ -82,6 +82,7 @@ def release(trainer: Trainer) -> None:
     trainer.chunks.clear()
     trainer.optimizer = trainer.fp8 = trainer.fp8_record = None
     trainer.callbacks = ()
+    gc.unfreeze()  # what ``fit`` set aside
     gc.collect()  # the engine's hooks point back at the model
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -59,6 +60,7 @@ class Trainer:
         end = self.train_iters if self.leg_end is None else self.leg_end
         try:
             self.emit("on_train_start")
+            settle_garbage()
             self.evaluate_if_due()  # the one that a stop left undone
             while self.state.step < end and self.stop_reason is None:
                 self.emit("on_step_start")
@@ -230,6 +232,16 @@ class Trainer:
         """Tell every callback, in order."""
         for callback in self.callbacks:
             getattr(callback, event)(self, *args)
+
+
+def settle_garbage() -> None:
+    """Collect, and leave out of later collections whatever is there now.
+
+    A full collection walks every object of torch and the engine (hundreds of thousands: 0.16 s measured), at another
+    moment on each rank, while all the others wait for it. ``assembly.release`` takes it back.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 def loss_by_source(names: Sequence[str], values: Sequence[float]) -> dict[str, float]:
