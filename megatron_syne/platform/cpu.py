@@ -38,6 +38,7 @@ from torch.overrides import TorchFunctionMode
 from megatron_syne.config.schema import PrecisionConfig, RunConfig
 from megatron_syne.errors import ConfigError
 from megatron_syne.fp8.choice import describe_fp8, emulates_fp8
+from megatron_syne.platform.adam_slices import in_slices
 from megatron_syne.platform.base import Platform
 from megatron_syne.platform.cpu_adam import GroupStepAdamW, bridge_precision_aware_optimizer
 from megatron_syne.platform.cpu_gloo import bridge_gloo
@@ -108,7 +109,7 @@ def install_bridge() -> None:
     engine_random.CheckpointWithoutOutput.__init__.__defaults__ = (None,)
     # CPU and "CUDA" random states are one and the same here; the tracker takes that for a mistake.
     logging.getLogger("megatron.core.tensor_parallel.random").setLevel(logging.ERROR)
-    engine_optimizer.Adam, engine_optimizer.USING_PYTORCH_OPTIMIZER = GroupStepAdamW, False
+    engine_optimizer.Adam, engine_optimizer.USING_PYTORCH_OPTIMIZER = in_slices(GroupStepAdamW), False
     distrib_optimizer.Adam = GroupStepAdamW
     distrib_optimizer.HAVE_APEX_OR_TE = distrib_optimizer.USING_APEX_OPTIMIZER = True
     bridge_precision_aware_optimizer(engine_optimizer)

@@ -15,6 +15,7 @@ import torch
 from megatron_syne.config.schema import PrecisionConfig, RunConfig
 from megatron_syne.errors import ConfigError
 from megatron_syne.fp8.choice import describe_fp8, emulates_fp8
+from megatron_syne.platform.adam_slices import StepsInSlices, in_slices
 from megatron_syne.platform.base import Platform
 
 
@@ -111,6 +112,15 @@ def start_tp_comm_overlap(config: RunConfig, hidden_size: int) -> None:
     )
 
 
+def update_in_slices() -> None:
+    """Have megatron-core build Transformer Engine's FusedAdam with its step in slices (``adam_slices``)."""
+    from megatron.core import optimizer as engine_optimizer
+
+    adam: Any = engine_optimizer.Adam
+    if not issubclass(adam, StepsInSlices):
+        engine_optimizer.Adam = in_slices(adam)
+
+
 class CudaPlatform(Platform):
     """One GPU per rank."""
 
@@ -140,6 +150,7 @@ class CudaPlatform(Platform):
                 "start one process per GPU"
             )
         torch.cuda.set_device(index)
+        update_in_slices()
         self._fp8 = describe_fp8(precision, self.name)
         self._device = torch.device("cuda", index)
 
