@@ -140,7 +140,7 @@ class Fp8Guard(Callback):
             sums = trainer.run_schedule(batches[:count], seq_length, forward_only=True)
         for chunk in trainer.chunks:
             chunk.train()
-        total, tokens = reduce_over_world(sums, [], trainer.platform.device)
+        total, tokens = reduce_over_world(trainer.platform, sums, [])()
         return total / max(tokens, 1.0)
 
     def fall_back(self, trainer: Trainer, reasons: dict[int, str], step: int, first: int) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -31,8 +31,11 @@ class Platform(ABC):
         """Device of this rank's tensors."""
 
     @abstractmethod
-    def start(self, local_rank: int, precision: PrecisionConfig) -> None:
-        """Make the machine ready; raises ConfigError where it cannot run this precision."""
+    def start(self, local_rank: int, precision: PrecisionConfig, deterministic: bool = False) -> None:
+        """Make the machine ready; raises ConfigError where it cannot run this precision.
+
+        ``deterministic``: only algorithms that give the same bits each time, where there are any.
+        """
 
     @abstractmethod
     def layer_spec(self, config: RunConfig) -> tuple[Any, Any]:
@@ -69,6 +72,10 @@ class Platform(ABC):
     def seconds_between(self, begin: Any, end: Any) -> float:
         """Seconds that the device spent between two marks; both must lie before what was last waited for."""
         return float(end - begin)
+
+    def fetch(self, values: torch.Tensor) -> Callable[[], list[float]]:
+        """Begin to copy ``values`` [n] to the host; what is returned waits for them, and for nothing begun after."""
+        return values.tolist
 
     def to_device(self, batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Copy a batch to this rank's device (no copy where it is there already)."""

@@ -7,7 +7,7 @@ failed, since megatron-core alone would quietly build its local layers instead.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -17,16 +17,15 @@ from megatron_syne.errors import ConfigError
 from megatron_syne.fp8.choice import describe_fp8, emulates_fp8
 from megatron_syne.platform.adam_slices import StepsInSlices, in_slices
 from megatron_syne.platform.base import Platform
-
-
-def import_failure(module: str) -> str | None:
-    """Why ``module`` cannot be imported, or None. Catches everything: Transformer Engine raises
-    RuntimeError where a library is missing, not ImportError."""
-    try:
-        importlib.import_module(module)
-    except Exception as error:
-        return f"import {module} failed: {type(error).__name__}: {error}"
-    return None
+from megatron_syne.platform.cuda_kernels import (
+    be_deterministic,
+    cross_entropy_options,
+    describe_attention,
+    import_failure,
+    run_uncompiled_without_triton,
+    spare_cross_entropy_its_wait,
+    triton_failure,
+)
 
 
 def require_transformer_engine(precision: PrecisionConfig) -> None:
@@ -136,12 +135,15 @@ class CudaPlatform(Platform):
     def device(self) -> torch.device:
         return self._device
 
-    def start(self, local_rank: int, precision: PrecisionConfig) -> None:
+    def start(self, local_rank: int, precision: PrecisionConfig, deterministic: bool = False) -> None:
+        be_deterministic(deterministic)
         if not torch.cuda.is_available():
             raise ConfigError(
                 "platform: cuda, but torch finds no usable GPU; check the driver or set platform=cpu"
             )
+        run_uncompiled_without_triton()
         require_transformer_engine(precision)
+        spare_cross_entropy_its_wait()
         # Under a scheduler that gives each task its own GPU only one is visible, whatever the local rank.
         index = local_rank if local_rank < torch.cuda.device_count() else 0
         if local_rank >= torch.cuda.device_count() > 1:
@@ -163,8 +165,10 @@ class CudaPlatform(Platform):
         return get_gpt_layer_with_transformer_engine_spec(), None
 
     def engine_options(self, config: RunConfig) -> dict[str, Any]:
-        # The output layer is megatron-core's own and needs apex's kernel for the fused weight gradient.
+        # The output layer is megatron-core's own and needs apex's kernel for the fused weight gradient; Transformer
+        # Engine's layers have theirs, which training.optimizer.wrap_ddp turns on.
         fused_wgrad = import_failure("fused_weight_gradient_mlp_cuda") is None
+        deterministic = config.train.deterministic_mode
         return {
             "use_cpu_initialization": False,
             "gradient_accumulation_fusion": fused_wgrad,
@@ -173,9 +177,8 @@ class CudaPlatform(Platform):
             "bias_activation_fusion": True,
             "bias_dropout_fusion": True,
             "apply_rope_fusion": True,
-            "cross_entropy_loss_fusion": config.precision.params_dtype
-            == "bf16",  # casts the gradient to bf16
-            "cross_entropy_fusion_impl": "native",
+            "deterministic_mode": deterministic,
+            **cross_entropy_options(deterministic),
             **fp8_options(config.precision),
         }
 
@@ -221,15 +224,30 @@ class CudaPlatform(Platform):
     def seconds_between(self, begin: Any, end: Any) -> float:
         return float(begin.elapsed_time(end)) / 1000.0
 
+    def fetch(self, values: torch.Tensor) -> Callable[[], list[float]]:
+        """Through pinned memory, so that the host reads them while the GPU does what was queued behind."""
+        host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+        host.copy_(values, non_blocking=True)
+        cuda: Any = torch.cuda
+        copied = cuda.Event()
+        copied.record()
+
+        def wait() -> list[float]:
+            copied.synchronize()
+            return [float(value) for value in host.tolist()]
+
+        return wait
+
     def peak_memory(self) -> int:
         return torch.cuda.max_memory_allocated()
 
     def describe(self) -> str:
         import transformer_engine
 
-        apex = import_failure("apex.optimizers")
+        apex, triton = import_failure("apex.optimizers"), triton_failure()
         return (
             f"cuda: {torch.cuda.get_device_name(self._device)}, torch {torch.__version__}, "
             f"Transformer Engine {getattr(transformer_engine, '__version__', '?')}, "
-            f"apex {'found' if apex is None else 'not found (not needed)'}{self._fp8}"
+            f"{describe_attention()}, apex {'found' if apex is None else 'not found (not needed)'}, "
+            f"Triton {'found' if triton is None else f'not usable: {triton}'}{self._fp8}"
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -82,14 +82,14 @@ def by_source(
 
 
 def reduce_over_world(
+    platform: Platform,
     sums: list[torch.Tensor],
     extra: list[float],
-    device: torch.device,
     sources: int = 0,
     more: torch.Tensor | None = None,
-) -> list[float]:
-    """One collective for all that the ranks must agree on, summed over the world:
-    [loss sum, tokens, loss sum of each source, tokens of each source, *extra, *more].
+) -> Callable[[], list[float]]:
+    """One collective for all that the ranks must agree on; what is returned waits for it and gives, summed over the
+    world: [loss sum, tokens, loss sum of each source, tokens of each source, *extra, *more].
 
     ``sums`` is what the last stage returned (empty elsewhere). TP ranks hold the same loss, so only the first
     of each TP group adds its own; CP ranks hold different tokens. Every rank adds its ``extra`` values, and ``more``
@@ -98,12 +98,12 @@ def reduce_over_world(
     from megatron.core import parallel_state
 
     width = 2 + 2 * sources
-    values = torch.zeros(width + len(extra), dtype=torch.float64, device=device)
+    # out of a tensor: a list would be copied to a GPU with a wait for all that it has to do
+    given = torch.tensor([0.0] * width + extra, dtype=torch.float64)
+    values = given.to(platform.device, non_blocking=True)
     if sums and parallel_state.get_tensor_model_parallel_rank() == 0:
         values[:width] = torch.stack(sums).sum(dim=0)
-    if extra:
-        values[width:] = torch.tensor(extra, dtype=torch.float64, device=device)
     if more is not None:
         values = torch.cat([values, more])
     dist.all_reduce(values)
-    return [float(v) for v in values.tolist()]
+    return platform.fetch(values)

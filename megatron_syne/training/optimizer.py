@@ -30,12 +30,45 @@ def wrap_ddp(chunks: list[nn.Module], config: RunConfig) -> list[Any]:
         from megatron_syne.platform.cuda import start_tp_comm_overlap
 
         start_tp_comm_overlap(config, engine.hidden_size)
+    for chunk in chunks:
+        fuse_weight_gradients(chunk)
     return [
         DistributedDataParallel(
             config=unwrap(chunk).config, ddp_config=ddp_config, module=chunk, disable_bucketing=index > 0
         )
         for index, chunk in enumerate(chunks)
     ]
+
+
+def fuse_weight_gradients(chunk: nn.Module) -> None:
+    """Let Transformer Engine's linear layers add weight gradients into DDP's buffer in the product itself.
+
+    Neither a gradient of its own nor a kernel that adds it is needed then; DDP's hook sees that it was added
+    (``grad_added_to_main_grad``). megatron-core ties this to its ``gradient_accumulation_fusion``, which its own
+    output layer refuses without apex; the layers read this attribute anew in each forward pass.
+    """
+    for module in chunk.modules():
+        if hasattr(module, "fuse_wgrad_accumulation"):
+            layer: Any = module
+            layer.fuse_wgrad_accumulation = True
+
+
+def keep_values_of_weights(chunks: list[Any]) -> None:
+    """See to it that master weights begin as the FP8 weights are, not as they were when their layers were built.
+
+    Under ``fp8_param_gather`` Transformer Engine keeps the values that a weight was initialised with, and
+    megatron-core makes master weights of those: weights that were loaded since would be lost in the first update.
+    ``load_weights`` renews the kept values in full precision; where that was missed, the FP8 values are taken.
+    """
+    for chunk in chunks:
+        for parameter in chunk.parameters():
+            kept = getattr(parameter, "_high_precision_init_val", None)
+            if kept is None:
+                continue
+            values = parameter.dequantize().detach().to("cpu", kept.dtype)
+            # FP8 rounds by a sixteenth at most, and what is near nothing by half its smallest step (2^-9 in E4M3)
+            if (values - kept).abs().max() > 0.125 * kept.abs().max() + 2.0**-9:
+                kept.copy_(values)
 
 
 def build_optimizer(chunks: list[Any], config: RunConfig) -> Any:
@@ -46,6 +79,7 @@ def build_optimizer(chunks: list[Any], config: RunConfig) -> Any:
     """
     from megatron.core.optimizer import get_megatron_optimizer
 
+    keep_values_of_weights(chunks)
     fp8 = unwrap(chunks[0]).config.fp8 is not None  # emulated FP8 is nothing to the engine
     return get_megatron_optimizer(
         engine_optimizer_config(config, fp8),

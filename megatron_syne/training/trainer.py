@@ -61,6 +61,7 @@ class Trainer:
         try:
             self.emit("on_train_start")
             settle_garbage()
+            self.zero_gradients()
             self.evaluate_if_due()  # the one that a stop left undone
             while self.state.step < end and self.stop_reason is None:
                 self.emit("on_step_start")
@@ -93,9 +94,6 @@ class Trainer:
 
         names = self.train_data.plan.sources if self.config.monitor.loss_per_source else ()
         marks = [self.platform.mark()]
-        for chunk in self.chunks:
-            chunk.zero_grad_buffer()
-        self.optimizer.zero_grad()
         seq_length = self.train_data.seq_length_at(first)
         sums = self.run_schedule(batches, seq_length, forward_only=False, sources=len(names))
         marks.append(self.platform.mark())
@@ -104,7 +102,9 @@ class Trainer:
         updated, grad_norm, _ = self.optimizer.step()
         marks.append(self.platform.mark())
         told = [self.stop_requested, 0.0 if updated else 1.0]
-        values = reduce_over_world(sums, told, self.platform.device, len(names), squares)
+        read = reduce_over_world(self.platform, sums, told, len(names), squares)
+        self.zero_gradients()  # a GPU does so while the host reads, and while it tells of this step
+        values = read()
         (loss_sum, tokens), by_source, rest = values[:2], values[2:], values[2 + 2 * len(names) :]
         (stop, refused), squared = rest[:2], rest[2:]
         loss = loss_sum / max(tokens, 1.0)
@@ -134,6 +134,12 @@ class Trainer:
             **(norms.as_metrics(squared, self.model_config.num_layers or 0) if squared else {}),
             **self.extra_metrics,
         }
+
+    def zero_gradients(self) -> None:
+        """Make the gradients ready for the next step's backward passes."""
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
 
     def squares_if_due(self) -> Any:
         """What the norms of the step under way are made of, None where they are not due."""
@@ -212,7 +218,7 @@ class Trainer:
                 for start in data.batch_starts(self.config.train.eval_iters):
                     batches, length = data.global_batch(start), data.seq_length_at(start)
                     sums += self.run_schedule(batches, length, True, data.micro_batch_size_at(start))
-                total, tokens = reduce_over_world(sums, [], self.platform.device)
+                total, tokens = reduce_over_world(self.platform, sums, [])()
                 losses[name] = total / max(tokens, 1.0)
         for chunk in self.chunks:
             chunk.train()
