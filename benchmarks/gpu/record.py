@@ -16,6 +16,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+UNKNOWN = "unknown"
+
 
 @dataclass
 class Record:
@@ -88,27 +90,36 @@ def read_records(folder: Path) -> dict[str, Record]:
 
 
 def environment(device_name: str | None) -> dict[str, Any]:
-    """Versions, GPU, driver, commit and date; ``device_name`` is torch's, None on a CPU."""
+    """Versions, GPU, driver, commit and date; ``device_name`` is torch's, None on a CPU. The commit is git's, or where
+    the checkout came without its history what ``MEASURED_COMMIT`` says."""
     from importlib.metadata import PackageNotFoundError, version
 
     versions = {"python": platform.python_version()}
-    for package in ("torch", "megatron-core", "transformer_engine", "transformers", "triton", "nvidia-dali-cuda130"):
+    for package in (
+        "torch",
+        "megatron-core",
+        "transformer_engine",
+        "transformers",
+        "triton",
+        "nvidia-dali-cuda130",
+    ):
         try:
             versions[package] = version(package)
         except PackageNotFoundError:
             versions[package] = "absent"
     return {
         "device": device_name or f"CPU, {os.cpu_count()} cores",
-        "driver": _first_line(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]),
-        "commit": _first_line(["git", "rev-parse", "--short", "HEAD"]),
+        "driver": first_line(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]),
+        "commit": os.environ.get("MEASURED_COMMIT") or first_line(["git", "rev-parse", "--short", "HEAD"]),
         "date": time.strftime("%Y-%m-%d"),
         "versions": versions,
     }
 
 
-def _first_line(command: list[str]) -> str:
+def first_line(command: list[str]) -> str:
+    """What a command says first, or :data:`UNKNOWN` where it cannot be asked."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20)
     except (OSError, subprocess.TimeoutExpired):
-        return "unknown"
-    return (done.stdout.splitlines() or ["unknown"])[0].strip()
+        return UNKNOWN
+    return (done.stdout.splitlines() or [UNKNOWN])[0].strip()

@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.utils.dlpack import from_dlpack
 
 from megatron_syne.data.batches import BatchBuilder
 from megatron_syne.errors import ConfigError
@@ -32,6 +33,10 @@ class DaliFeeder:
         self._source: _Source | None = None
         self._pipeline: Any = None
         self._next, self._sizes = -1, (0, 0)
+        self._stream: torch.Stream | None = None
+        if device.index is not None:
+            self._stream = torch.Stream(device)
+            self._training_stream = torch.accelerator.current_stream(device)
 
     def build(self, start: int) -> list[dict[str, torch.Tensor]]:
         """This rank's micro-batches of the global batch that starts at sample ``start``."""
@@ -45,8 +50,10 @@ class DaliFeeder:
             outputs = self._pipeline.run()
             if (error := self._source.failed.pop(first, None)) is not None:
                 raise error
-            pairs = zip(self._source.types.items(), outputs, strict=True)
-            batches.append({name: self._tensor(output, dtype) for (name, dtype), output in pairs})
+            pairs = zip(self._source.names, outputs, strict=True)
+            batches.append({name: self._tensor(output) for name, output in pairs})
+            if self._stream is not None:
+                self._stream.synchronize()  # DALI writes there again; it is the loader's thread that waits
         self._next, self._sizes = start + sizes[1], sizes
         return batches
 
@@ -63,18 +70,23 @@ class DaliFeeder:
         )
         with self._pipeline:
             outputs = fn.external_source(
-                source=self._source, num_outputs=len(self._source.types), batch=True, batch_info=True
+                source=self._source, num_outputs=len(self._source.names), batch=True, batch_info=True
             )
             self._pipeline.set_outputs(*(out if self._device.index is None else out.gpu() for out in outputs))
         self._pipeline.build()
 
-    def _tensor(self, output: Any, dtype: torch.dtype) -> torch.Tensor:
-        """A copy: DALI writes the next micro-batch but one into the same memory."""
-        from nvidia.dali.plugin.pytorch import feed_ndarray
+    def _tensor(self, output: Any) -> torch.Tensor:
+        """A copy: DALI writes the next micro-batch but one into the same memory.
 
-        array = output.as_tensor()
-        result = torch.empty(array.shape(), dtype=dtype, device=self._device)
-        feed_ndarray(array, result)  # on a GPU in torch's current stream
+        On a GPU it is made in a stream of its own, in memory of that stream's: in the training's stream it would come
+        after the whole step under way, and in DALI's it would write to memory that the step may still read. Not run
+        on a GPU yet.
+        """
+        if self._stream is None:
+            return from_dlpack(output.as_tensor()).clone()
+        with self._stream:
+            result = from_dlpack(output.as_tensor()).clone()
+        result.record_stream(self._training_stream)  # is read there: no new use of the memory before
         return result
 
 
@@ -88,7 +100,7 @@ class _Source:
         self._begin = builder.first_samples(start)[0]
         self.failed: dict[int, BaseException] = {}
         self._last = builder.micro_batch(builder.first_samples(start)[0])
-        self.types = {name: torch.from_numpy(array).dtype for name, array in self._last.items()}
+        self.names = list(self._last)
 
     def __call__(self, info: Any) -> list[Any]:
         # asked ahead past a change of the batch, or past the end, this is wrong, and thrown away by the next start

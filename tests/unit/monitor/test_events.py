@@ -95,7 +95,8 @@ def test_a_full_disk_ends_the_events_and_not_the_training(tmp_path: Path, capsys
         calls.append(arguments)
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    events.writer = SimpleNamespace(add_scalar=refuse, flush=lambda: None, close=refuse)
+    file_writer = SimpleNamespace(add_summary=refuse)
+    events.writer = SimpleNamespace(file_writer=file_writer, flush=lambda: None, close=refuse)
     trainer: Any = SimpleNamespace(state=SimpleNamespace(step=3))
     for _ in range(3):
         events.on_evaluation(trainer, {"en": 1.0})
@@ -106,7 +107,7 @@ def test_a_full_disk_ends_the_events_and_not_the_training(tmp_path: Path, capsys
     def break_(*arguments: Any) -> None:
         raise ValueError
 
-    events.writer = SimpleNamespace(add_scalar=break_)
+    events.writer = SimpleNamespace(file_writer=SimpleNamespace(add_summary=break_))
     with pytest.raises(ValueError):
         events.on_evaluation(trainer, {"en": 1.0})
 
