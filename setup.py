@@ -42,7 +42,7 @@ REQUIRES = [
     "tensorboard>=2.19",
     "tiktoken>=0.9",
     "tokenizers>=0.22",
-    "torch>=2.6",
+    "torch>=2.8",
     "tqdm>=4.66",
     "zstandard>=0.23",
 ]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_syne.checkpoint.folder import checkpoint_folders, is_checkpoint, read_manifest, read_run
+from megatron_syne.checkpoint.stored import check_same_model, read_ledger
 from megatron_syne.config.learning_rate import LearningRate
 from megatron_syne.config.schema import ModelConfig, RunConfig
 from megatron_syne.data.mixture.planning import MixturePlan, branch_plan, plan_mixture, resume_plan
@@ -95,7 +96,7 @@ def build_trainer(config: RunConfig, model: ModelConfig, platform: Platform, inf
     from megatron_syne.checkpoint import manager as checkpoints
     from megatron_syne.parallel.setup import start_distributed, start_model_parallel
 
-    platform.start(info.local_rank, config.precision)
+    platform.start(info.local_rank, config.precision, config.train.deterministic_mode)
     start_distributed(platform, info, config.resilience.distributed_timeout_seconds)
     start_model_parallel(config.parallel, config.train.seed)
 
@@ -122,7 +123,7 @@ def build_trainer(config: RunConfig, model: ModelConfig, platform: Platform, inf
     leg = leg_at(config, model, plan, state)
     if start is not None:
         meant = leg.begins and are_given(run["model"], leg.config, leg.model)
-        checkpoints.check_same_model(start, leg.model, stage_begins=meant)
+        check_same_model(start, leg.model, stage_begins=meant)
     train_data, validation_data = build_data(config, model, info, plan, ledger, changes, platform)
     chunks = build_model(leg.config, leg.model, platform)
     if start is not None:
@@ -208,8 +209,6 @@ def plan_of(
 
     ``checkpoint`` None = a new run, which may branch off another's.
     """
-    from megatron_syne.checkpoint.manager import read_ledger
-
     branch = config.checkpoint.branch_from
     if checkpoint is None and branch is not None:
         ledger, consumed, step = read_ledger(Path(branch))
@@ -239,7 +238,7 @@ def initialize(config: RunConfig, model: ModelConfig, chunks: list[Any]) -> str:
     path = Path(config.checkpoint.initialize_from)
     if is_checkpoint(path):
         before = read_run(path)["model"]
-        checkpoints.check_same_model(path, model, stage_begins=are_given(before, config, model))
+        check_same_model(path, model, stage_begins=are_given(before, config, model))
         checkpoints.load(path, chunks, optimizer=None)
         return "; ".join(model_changes(before, model))
     source = open_source(path)

@@ -84,7 +84,13 @@ def scoring_config(config: RunConfig, task: Task, world_size: int) -> RunConfig:
         config,
         run_dir=task.output,
         data=DataConfig(seq_length=max(1, task.context // multiple) * multiple, mock=True),
-        train=TrainConfig(1, replicas * passes, train_iters=1, seed=config.train.seed),
+        train=TrainConfig(
+            1,
+            replicas * passes,
+            train_iters=1,
+            seed=config.train.seed,
+            deterministic_mode=config.train.deterministic_mode,
+        ),
         schedule=ScheduleConfig(),
         precision=PrecisionConfig(params_dtype=config.precision.params_dtype),
     )
@@ -106,7 +112,7 @@ def build_scorer(
     config: RunConfig, model: ModelConfig, platform: Platform, info: RankInfo, batch_tokens: int
 ) -> ParallelScorer:
     """This rank's part of the model with its weights; all ranks must call."""
-    platform.start(info.local_rank, config.precision)
+    platform.start(info.local_rank, config.precision, config.train.deterministic_mode)
     from megatron_syne.parallel.setup import start_distributed, start_model_parallel
 
     start_distributed(platform, info, config.resilience.distributed_timeout_seconds)

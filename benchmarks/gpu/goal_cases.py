@@ -26,7 +26,7 @@ def _whole(name: str, *overrides: str, **more: object) -> Case:
 
     Bytes a parameter: bf16 weights 2, bf16 gradients 2, fp32 master weights 4, moments 8 in fp32 or 4 in bf16:
     128.5 GB (119.7 GiB) or 96.4 GB (89.8 GiB). Of 139.8 GiB on an H200 that leaves 20 or 50 GiB. Recomputed, the
-    activations are 2.0 GiB of layer inputs, 1.2 of one layer and about 3 of the loss in parts; kept, 1.16 GiB a layer.
+    activations are 2.0 GiB of layer inputs, 1.2 of one layer and 5 of the loss (3 in parts); kept, 1.16 GiB a layer.
     """
     return replace(
         Case(
@@ -39,7 +39,7 @@ def _whole(name: str, *overrides: str, **more: object) -> Case:
             needs_gib=120,
             environment=GROWING_SEGMENTS,
         ),
-        overrides=(*BF16_GRADIENTS, *CHUNKED_LOSS, *overrides),
+        overrides=(*BF16_GRADIENTS, *overrides),
         **more,  # type: ignore[arg-type]
     )
 
@@ -64,19 +64,17 @@ MAIN = (
         "8b-bf16",
         *BF16_MOMENTS,
         *FULL_RECOMPUTE,
-        prediction="fits: 89.8 GiB + 7 of activations and loss, or + 4 of the optimizer's fp32 copies; 1.05 s a step, "
+        prediction="fits: 89.8 GiB + 9 of activations and loss, or + 4 of the optimizer's fp32 copies; 1.05 s a step, "
         "7,800 tokens/s, 400 TFLOP/s (products 0.53, attention 0.13, computed again 0.21, optimizer 0.13, rest 0.05)",
     ),
     _whole(
         "8b-tensorwise",
         *BF16_MOMENTS,
         *FULL_RECOMPUTE,
-        # with fp32 masters megatron-core copies bf16 gradients to fp32 under this recipe: 30 GiB (optimizer_config.py)
-        "optimizer.main_params_dtype=fp16",
         precision="tensorwise",
         baseline="8b-bf16",
         prediction="x1.30 tokens/s: the layers' products, also those computed again, 0.65 -> 0.38 s, casts +0.05 s; "
-        "FP8 weights and their transposes +13 GiB, fp16 masters -15",
+        "FP8 weights and their transposes +13 GiB",
     ),
     Case("8l-delayed", precision="delayed", baseline="8l-bf16", prediction="x1.25: no pass for the amax"),
     Case(
@@ -112,7 +110,7 @@ MAIN = (
         seq_length=32768,
         steps=15,
         warm=4,
-        overrides=("memory.loss_chunk_tokens=4096",),
+        prediction="the planner's: 0.75 s a step; logits whole, 8.4 GB of bf16",
     ),
     Case(
         "32k-4l-tensorwise",
@@ -121,7 +119,6 @@ MAIN = (
         steps=15,
         warm=4,
         precision="tensorwise",
-        overrides=("memory.loss_chunk_tokens=4096",),
         baseline="32k-4l-bf16",
         prediction="x1.13: attention, a third of the time at 32,768 tokens, and the output layer stay in bf16",
     ),
@@ -142,6 +139,7 @@ MAIN = (
 LAST = (
     _whole(
         "8b-no-recompute",
+        *CHUNKED_LOSS,
         *BF16_MOMENTS,
         baseline="8b-bf16",
         prediction="x1.24 tokens/s: nothing but the logits is computed again (0.20 s of 1.05 less); +31 GiB, "
@@ -149,6 +147,7 @@ LAST = (
     ),
     _whole(
         "8b-tensorwise-no-recompute",
+        *CHUNKED_LOSS,
         *BF16_MOMENTS,
         "optimizer.main_params_dtype=fp16",
         precision="tensorwise",
@@ -180,6 +179,7 @@ LAST = (
     replace(
         _whole(
             "8b-on-80gib",
+            *CHUNKED_LOSS,
             *FULL_RECOMPUTE,
             "optimizer.main_params_dtype=fp16",
             "optimizer.exp_avg_dtype=fp8",
@@ -193,6 +193,7 @@ LAST = (
     replace(
         _whole(
             "8b-offloaded",
+            *CHUNKED_LOSS,
             *FULL_RECOMPUTE,
             "optimizer.optimizer_cpu_offload=true",
             "optimizer.optimizer_offload_fraction=0.6",

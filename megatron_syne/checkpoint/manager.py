@@ -6,15 +6,17 @@ import json
 import shutil
 import sys
 import warnings
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint import CheckpointException
 
 from megatron_syne.checkpoint import folder as folders
 from megatron_syne.checkpoint import optimizer_state
+from megatron_syne.checkpoint.background import HostCopies
+from megatron_syne.checkpoint.capture import Keep, address, sharded_optimizer_state
 from megatron_syne.checkpoint.fp8_state import (
     holds_fp8_state,
     sharded_fp8_state,
@@ -22,15 +24,16 @@ from megatron_syne.checkpoint.fp8_state import (
     with_empty_extra_state,
     without_extra_state,
 )
-from megatron_syne.config.schema import ModelConfig
-from megatron_syne.errors import ConfigError, DataError, IOFault
+from megatron_syne.checkpoint.pending import PendingSave
+from megatron_syne.errors import DataError, IOFault
 from megatron_syne.fp8.layers import Fp8Layers
-from megatron_syne.models.gpt import unwrap
+from megatron_syne.models.gpt import keep_full_precision, unwrap
 from megatron_syne.training.state import TrainState
 
 
 class CheckpointManager:
-    """Checkpoints of one run below ``root``. Every method must be called by all ranks."""
+    """Checkpoints of one run below ``root``, one at a time. Every method but :meth:`abandon` must be called by all
+    ranks."""
 
     def __init__(self, root: Path, artifacts: Path | None, keep_latest: int = 3) -> None:
         """``artifacts``: folder with config.json and tokenizer, copied into each checkpoint (under ``hf/``) so
@@ -38,41 +41,102 @@ class CheckpointManager:
         self.root = root
         self.artifacts = artifacts
         self.keep_latest = keep_latest
+        self.pending: PendingSave | None = None
+        self._final = root
 
-    def save(
+    def begin(
         self,
         chunks: list[Any],
         optimizer: Any,
         state: TrainState,
         run: dict[str, Any],
         fp8: Fp8Layers | None = None,
-    ) -> Path:
-        """Write the checkpoint of ``state.step``; returns its folder once it is complete on disk.
+        copies: HostCopies | None = None,
+    ) -> None:
+        """Begin to write the checkpoint of ``state.step``; :meth:`finish` or :meth:`progress` must follow.
 
-        ``run``: plain values kept beside the state (model configuration, ledger of the data, layout).
+        ``run``: plain values kept beside the state (model configuration, ledger of the data, layout). ``copies``:
+        where values are copied to; without, nothing may change before :meth:`finish`.
         """
-        final = folders.checkpoint_path(self.root, state.step)
-        temporary = final.with_name(final.name + ".tmp")
+        assert self.pending is None
+        self._final = final = folders.checkpoint_path(self.root, state.step)
+        temporary = self._temporary
+        text = json.dumps({"state": state.to_dict(), **run}, indent=1) + "\n"
         self._on_rank_0(lambda: self._make(temporary))
-        from megatron.core import dist_checkpointing
+        private: set[int] = set()
 
-        sharded = sharded_state(chunks, optimizer, fp8)
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            kept = tensor if tensor.is_cpu else copies.copy(tensor) if copies is not None else tensor.cpu()
+            private.add(address(kept))
+            return kept
+
+        if copies is not None:
+            copies.begin()
+        sharded = sharded_state(chunks, optimizer, fp8, keep)
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                dist_checkpointing.save(sharded, str(temporary))
+            self.pending = PendingSave(
+                sharded, temporary, copies, private, lambda: self._complete(temporary, final, text)
+            )
+        except (CheckpointException, OSError) as error:
+            raise self._failed(error) from None
+
+    def finish(self) -> Path:
+        """Wait for the checkpoint begun; its folder, complete on disk. IOFault on all ranks where one cannot write."""
+        while True:
+            path = self._advance()
+            if path is not None:
+                return path
+
+    def progress(self, device: torch.device) -> Path | None:
+        """Without waiting for the disk: the folder of the checkpoint begun once it is complete, None before.
+
+        One number is reduced over the world while a checkpoint is being written. IOFault as :meth:`finish`.
+        """
+        if self.pending is None:
+            return None
+        ended = torch.tensor(int(self.pending.ended), dtype=torch.int32, device=device)
+        dist.all_reduce(ended, op=dist.ReduceOp.MIN)
+        return self._advance() if ended.item() else None
+
+    def abandon(self) -> str | None:
+        """After an error, on this rank alone: stop writing. What was not finished, in words; the folder's name says
+        that it is not a checkpoint, and the next save removes it."""
+        pending, self.pending = self.pending, None
+        if pending is None:
+            return None
+        pending.abandon()
+        return None if self._final.exists() else f"{self._temporary.name} was not finished"
+
+    def _advance(self) -> Path | None:
+        assert self.pending is not None
+        try:
+            complete = self.pending.advance()
         except (CheckpointException, OSError) as error:
             # All ranks come here together: the engine has them agree on failures before it raises.
-            # torch's writer may hide "no space left" behind an error of its own, so the space is told too.
-            fault = self._cannot_write(
-                f"{_cause(error)} ({shutil.disk_usage(self.root).free:,} bytes free there)"
-            )
-            if dist.get_rank() == 0:
-                shutil.rmtree(temporary, ignore_errors=True)  # its bytes may be what the disk lacks
-            raise fault from None
-        dist.barrier()
-        self._on_rank_0(lambda: self._finish(temporary, final, state, run))
-        return final
+            self.pending = None
+            raise self._failed(error) from None
+        if not complete:
+            return None
+        self.pending = None
+        return self._final
+
+    @property
+    def _temporary(self) -> Path:
+        return self._final.with_name(self._final.name + ".tmp")
+
+    def _failed(self, error: BaseException) -> IOFault:
+        """The same on all ranks, and its bytes away: they may be what the disk lacks.
+
+        torch's writer may hide "no space left" behind an error of its own, so the space is told too.
+        """
+        if isinstance(error, OSError):
+            cause = f"{error.strerror or error}: {error.filename or self.root}"
+        else:
+            cause = _cause(error)
+        free = shutil.disk_usage(self.root).free
+        if dist.get_rank() == 0:
+            shutil.rmtree(self._temporary, ignore_errors=True)
+        return self._cannot_write(f"{cause} ({free:,} bytes free there)")
 
     def newest(self) -> Path | None:
         """Newest whole checkpoint; all ranks get rank 0's answer."""
@@ -84,11 +148,11 @@ class CheckpointManager:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
 
-    def _finish(self, temporary: Path, final: Path, state: TrainState, run: dict[str, Any]) -> None:
-        (temporary / "state.json").write_text(json.dumps({"state": state.to_dict(), **run}, indent=1) + "\n")
+    def _complete(self, temporary: Path, final: Path, text: str) -> None:
+        (temporary / "state.json").write_text(text)
         if self.artifacts is not None:
             shutil.copytree(self.artifacts, temporary / "hf")
-        folders.seal(temporary, {"step": state.step})
+        folders.seal(temporary, {"step": folders.step_of(final)})
         folders.publish(temporary, final)
         folders.clean(self.root, self.keep_latest)
 
@@ -140,14 +204,16 @@ def model_state(chunks: list[Any], per_layer: bool = False) -> dict[str, Any]:
     return state
 
 
-def sharded_state(chunks: list[Any], optimizer: Any, fp8: Fp8Layers | None = None) -> dict[str, Any]:
-    """megatron-core's sharded state dict of model and optimizer, for saving; all ranks must call."""
+def sharded_state(chunks: list[Any], optimizer: Any, fp8: Fp8Layers | None, keep: Keep) -> dict[str, Any]:
+    """megatron-core's sharded state dict of model and optimizer, for saving; all ranks must call.
+
+    ``keep``: see ``capture``.
+    """
     optimizer_state.agree_on_step(optimizer)
     state = model_state(chunks)
     per_layer = optimizer_state.anything_frozen(chunks)
     named = model_state(chunks, per_layer) if per_layer else state
-    own = optimizer.sharded_state_dict(named, is_loading=False, metadata=_metadata(per_layer))
-    state["optimizer"] = own
+    state["optimizer"] = sharded_optimizer_state(optimizer, named, _metadata(per_layer), keep)
     if fp8 is not None:
         state["fp8"] = sharded_fp8_state(fp8)
     return state
@@ -189,6 +255,8 @@ def load(
     places = optimizer_state.wanted_from(template, file, reset_optimizer)
     wanted |= {"optimizer_tensors": places, "left_aside": optimizer_state.holes(named, places)}
     loaded = _read(path, wanted, whole=not change and not reset_optimizer)
+    if fp8 is not None and wanted["fp8"]:
+        fp8.load_state(loaded["fp8"])  # first: weights in FP8 are rounded with its scales
     put_weights(chunks, loaded)
 
     goes_on = bool(change.goes_on) and not reset_optimizer
@@ -198,9 +266,7 @@ def load(
     optimizer.load_state_dict(optimizer_state.filled(template, read, weights, step))
     words = change.words(reset_optimizer, _betas(optimizer))
     if fp8 is not None:
-        if wanted["fp8"]:
-            fp8.load_state(loaded["fp8"])
-        elif fp8.state():
+        if not wanted["fp8"] and fp8.state():
             words.append("it holds no FP8 state: scaling begins anew")
     elif holds_fp8_state(stored):
         words.append("its FP8 state is left aside: this run computes without FP8")
@@ -231,58 +297,10 @@ def put_weights(chunks: list[Any], loaded: dict[str, Any]) -> None:
     for key, chunk in zip(_chunk_keys(chunks), chunks, strict=True):
         model = unwrap(chunk)
         model.load_state_dict(with_empty_extra_state(loaded[key], model), strict=True)
+        for name, parameter in model.named_parameters():
+            keep_full_precision(parameter, loaded[key][name])
 
 
 def _betas(optimizer: Any) -> tuple[float, float]:
     beta1, beta2 = optimizer.param_groups[0]["betas"]
     return float(beta1), float(beta2)
-
-
-def read_ledger(path: Path) -> tuple[dict[str, Any], int, int]:
-    """(account of the data read so far, samples consumed, step) of the checkpoint that a run goes on from.
-
-    ConfigError for a checkpoint from before there was this account, which kept a fingerprint in its place.
-    """
-    run = folders.read_run(path)
-    if "data" not in run:
-        raise ConfigError(
-            f"{path} was written before checkpoints kept an account of the data read, and its order of samples "
-            "is not today's: it cannot be gone on from. Start a new run_dir with checkpoint.initialize_from set "
-            "to it (its weights alone are taken), or finish the run with the version that wrote it"
-        )
-    return run["data"], int(run["state"]["consumed_samples"]), int(run["state"]["step"])
-
-
-STAGE_MAY_CHANGE = (
-    "rotary_base",
-    "rope_scaling_factor",
-    "rope_low_freq_factor",
-    "rope_high_freq_factor",
-    "rope_original_max_position_embeddings",
-    "max_position_embeddings",
-)
-"""Fields of the model without weights of their own, which may change where a stage begins."""
-
-
-def check_same_model(path: Path, model: ModelConfig, stage_begins: bool = False) -> list[str]:
-    """Refuse a checkpoint of another architecture, naming every field that differs.
-
-    ``stage_begins``: positions (:data:`STAGE_MAY_CHANGE`) may differ, as at the begin of a stage or of a run;
-    the differences are returned, to be told and recorded.
-    """
-    stored = folders.read_run(path)["model"]
-    differing = {
-        name: f"{name}: checkpoint {stored.get(name)!r}, configuration {value!r}"
-        for name, value in asdict(model).items()
-        if name not in ("hf_path", "preset") and stored.get(name) != value
-    }
-    allowed = [text for name, text in differing.items() if name in STAGE_MAY_CHANGE]
-    if not differing or (stage_begins and len(allowed) == len(differing)):
-        return allowed
-    hint = ""
-    if allowed and not stage_begins:
-        hint = " (a new stage may change rotary_base and max_position_embeddings: data.stages[])"
-    raise ConfigError(
-        f"{path} holds another model: {'; '.join(differing.values())}{hint}. Restore the model section, or start a "
-        "new run_dir with other weights"
-    )

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from megatron_syne.config.schema import DataConfig, ModelConfig, RunConfig
+from megatron_syne.models.chunked_loss import install_chunked_loss
 from megatron_syne.models.config import padded_vocab_size
 from megatron_syne.models.embedding_noise import add_embedding_noise
 from megatron_syne.models.engine_options import engine_config
@@ -51,7 +52,8 @@ def build_model(config: RunConfig, model: ModelConfig, platform: Platform) -> li
         )
         rope = gpt.rotary_pos_emb
         rope.inv_freq = rotary_frequencies(model).to(rope.inv_freq.device)
-        install_loss(gpt, config, model)
+        install = install_chunked_loss if config.memory.loss_chunk_tokens else install_loss
+        install(gpt, config, model)
         add_embedding_noise(gpt, config)
         module: nn.Module = gpt.to(platform.device)
         if engine.bf16:
@@ -82,6 +84,14 @@ def named_parameters(chunk: nn.Module) -> Iterable[tuple[str, nn.Parameter]]:
         yield ".".join(parts), parameter
 
 
+def keep_full_precision(parameter: nn.Parameter, values: torch.Tensor) -> None:
+    """Renew what Transformer Engine keeps beside an FP8 weight (``fp8_param_gather``): the engine makes its master
+    weight of that. Nothing for other weights."""
+    kept = getattr(parameter, "_high_precision_init_val", None)
+    if kept is not None:
+        kept.copy_(values)
+
+
 def load_weights(chunks: list[nn.Module], read: Callable[[str, int, int], torch.Tensor]) -> None:
     """Fill this rank's parameters: ``read(name, tp_rank, tp_size) -> local tensor``.
 
@@ -103,3 +113,4 @@ def load_weights(chunks: list[nn.Module], read: Callable[[str, int, int], torch.
                 )
             with torch.no_grad():
                 parameter.copy_(tensor)
+            keep_full_precision(parameter, tensor)

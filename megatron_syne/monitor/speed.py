@@ -7,14 +7,11 @@ of FP8 products where the run has an FP8 recipe (emulated FP8 is computed in bf1
 
 from __future__ import annotations
 
-import time
 from functools import cache, partial
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_syne.config.schema import ModelConfig, RunConfig
 from megatron_syne.models.flops import model_flops_per_token
-from megatron_syne.monitor.step import is_due
 from megatron_syne.planner.hardware import gpu_of_device
 from megatron_syne.training.callback import Callback
 
@@ -23,8 +20,7 @@ if TYPE_CHECKING:
 
 
 class Speed(Callback):
-    """Adds ``tokens_per_second_per_gpu``, ``tflops_per_gpu``, ``mfu`` where a peak is known, and
-    ``checkpoint_seconds`` (spent saving since the last logged step). To stand before the saving callback."""
+    """Adds ``tokens_per_second_per_gpu``, ``tflops_per_gpu``, and ``mfu`` where a peak is known."""
 
     def __init__(
         self, config: RunConfig, model: ModelConfig, device_name: str | None, world_size: int
@@ -34,8 +30,6 @@ class Speed(Callback):
         self.world_size = world_size
         self.peak = peak_flops(config, device_name)
         self.first_sample = 0
-        self.boundary = 0.0
-        self.saving = 0.0
 
     def on_step_start(self, trainer: Trainer) -> None:
         """Note where the step's samples begin."""
@@ -51,17 +45,6 @@ class Speed(Callback):
         metrics["tflops_per_gpu"] = rate / 1e12
         if self.peak is not None:
             metrics["mfu"] = rate / self.peak
-        metrics["checkpoint_seconds"] = self.saving
-        if is_due(trainer, metrics):
-            self.saving = 0.0
-
-    def on_step_boundary(self, trainer: Trainer) -> None:
-        """Saving begins now, if it does."""
-        self.boundary = time.perf_counter()
-
-    def on_checkpoint_saved(self, trainer: Trainer, path: Path) -> None:
-        """Saving has ended."""
-        self.saving += time.perf_counter() - self.boundary
 
 
 def peak_flops(config: RunConfig, device_name: str | None) -> float | None:

@@ -32,6 +32,7 @@ from megatron_syne.config.schema import ModelConfig, RunConfig
 from megatron_syne.models.config import padded_vocab_size
 from megatron_syne.models.family import completed
 from megatron_syne.planner.model_state import WIDTH
+from megatron_syne.planner.stacks import CUDA_PLATFORM, cross_entropy_of
 
 FP32 = 4
 
@@ -204,15 +205,36 @@ def rotary_bytes(sizes: Sizes) -> int:
 def logits_bytes(config: RunConfig, sizes: Sizes) -> int:
     """Peak bytes of the output layer and the loss: their input, logits [tokens, vocab / TP], the loss's own.
 
-    The cross entropy makes fp32 logits and writes the softmax over them; bf16 logits wait beside, and in the backward
-    pass their gradient does: 6 bytes for each, or 4 under fp32. On a GPU the gradient of
-    the output layer's weight is beside it for a while. Small things: labels, masks, z-loss.
+    megatron-core's own cross entropy makes fp32 logits and writes the softmax over them; bf16 logits wait beside, and
+    in the backward pass their gradient does: 6 bytes for each, or 4 under fp32. Transformer Engine's writes the
+    gradient over the logits: their own 2 or 4. On a GPU the gradients of the output layer's input and, where its
+    product does not add to the gradient buffer itself, of its weight are beside it for a while; z-loss has a
+    gradient of the logits of its own. Small things: labels, masks, z-loss. In parts: :func:`chunked_logits_bytes`.
     """
-    logits = sizes.tokens * sizes.vocab
-    small = sizes.tokens * (13 + (13 if config.train.z_loss > 0 else 0))
-    held = sizes.residual + small
-    forward = logits * (FP32 if sizes.width == FP32 else FP32 + sizes.width)
+    if config.memory.loss_chunk_tokens is not None:
+        return chunked_logits_bytes(config, sizes, config.memory.loss_chunk_tokens)
+    logits, z_loss = sizes.tokens * sizes.vocab, config.train.z_loss > 0
+    held = sizes.residual + sizes.tokens * (13 + (13 if z_loss else 0))
+    in_place = sizes.engine and cross_entropy_of(CUDA_PLATFORM, config) == "te"
+    forward = logits * (sizes.width if in_place or sizes.width == FP32 else FP32 + sizes.width)
     if not sizes.engine:
         return held + forward
-    backward = logits * sizes.width + sizes.vocab * sizes.hidden * sizes.width
+    weight = 0 if CUDA_PLATFORM.fused_output_gradient else sizes.vocab * sizes.hidden * sizes.width
+    backward = logits * sizes.width + max(weight + sizes.residual, logits * sizes.width if z_loss else 0)
     return held + max(forward, backward)
+
+
+def chunked_logits_bytes(config: RunConfig, sizes: Sizes, chunk: int) -> int:
+    """The same where logits stand for ``chunk`` tokens at a time (``models/chunked_loss.py``).
+
+    Held: the input, and for each token the logarithm of the softmax's denominator. In the backward pass also the
+    gradient of the input, and under SP the gathered input. Element-wise work takes an fp32 copy of a part's logits on a
+    CPU (and under bf16 the product with the part's input one of that), nothing where it is compiled (not measured on a
+    GPU yet); the weight's gradient adds to its buffer.
+    """
+    part = min(chunk, sizes.tokens)
+    copied = 0 if sizes.engine else FP32 * (sizes.vocab + (sizes.hidden if sizes.width < FP32 else 0))
+    whole = sizes.tokens * sizes.hidden * sizes.width
+    held = sizes.residual + sizes.tokens * (17 + (13 if config.train.z_loss > 0 else 0))
+    gathered = whole if sizes.stream < sizes.tokens else 0
+    return held + part * (sizes.vocab * sizes.width + copied) + whole + gathered

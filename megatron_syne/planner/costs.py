@@ -21,19 +21,21 @@ h is cut over TP with sequence parallelism, the others always.
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron_syne.config.schema import ModelConfig, RunConfig
 from megatron_syne.models.config import padded_vocab_size
 from megatron_syne.models.family import completed
 from megatron_syne.models.flops import attended_tokens
 from megatron_syne.planner.hardware import Gpu
-from megatron_syne.planner.stacks import Stack
+from megatron_syne.planner.model_state import gradient_width
+from megatron_syne.planner.stacks import Stack, cross_entropy_of
 
-LOGIT_BYTES = 30
-"""Moved per logit by the loss over a cut vocabulary, forward and backward: the cast to fp32, maximum, subtraction,
-exponential, sum, and the gradient back to bf16 (megatron-core's ``vocab_parallel_cross_entropy``); two thirds of it
-forward."""
+LOGIT_BYTES = {"native": (20.0, 10.0), "te": (6.0, 4.0), "chunked": (2.0, 4.0)}
+"""Moved per bf16 logit by the loss, forward and backward. ``native``: the cast to fp32, maximum, subtraction,
+exponential, sum, and the gradient back to bf16 (megatron-core's ``vocab_parallel_cross_entropy``). ``te``: read, read
+and overwritten by the gradient; backward read and written times the loss's own (Transformer Engine 2.11,
+``common/triton/cross_entropy.py``). ``chunked``: read; backward read and overwritten (compiled kernels)."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,10 @@ class Rank:
     """Moved per number that becomes FP8; 0 = no FP8."""
     fp8_products: bool
     """Whether products of cast numbers run at FP8's rate."""
+    gradient_bytes: int
+    """Of a number in the gradient buffers: 4 or 2."""
+    loss_chunk: int | None
+    """Tokens of a part of output layer and loss; None = whole."""
 
 
 @dataclass(frozen=True)
@@ -111,6 +117,9 @@ def rank_of(config: RunConfig, model: ModelConfig, gpu: Gpu, stack: Stack) -> Ra
     assert model.num_attention_heads and model.num_query_groups, "resolve_model first"
     seq, cp = config.data.seq_length, parallel.context_parallel_size
     recipe = precision.fp8
+    if recipe in stack.recipe_shares:
+        stack = replace(stack, fp8_share=stack.recipe_shares[recipe])
+    stack = replace(stack, cross_entropy=cross_entropy_of(stack, config))
     return Rank(
         gpu=gpu,
         stack=stack,
@@ -129,6 +138,8 @@ def rank_of(config: RunConfig, model: ModelConfig, gpu: Gpu, stack: Stack) -> Ra
         bytes_per_number=2 if precision.params_dtype == "bf16" else 4,
         cast_bytes=0 if recipe is None else 4 if recipe == "delayed" else 6,
         fp8_products=recipe is not None and not precision.fp8_emulation and gpu.fp8_flops > 0,
+        gradient_bytes=gradient_width(config),
+        loss_chunk=config.memory.loss_chunk_tokens,
     )
 
 
@@ -181,10 +192,18 @@ def widths(rank: Rank) -> dict[str, tuple[int, int]]:
     return {QKV: (h, qkv), FC1: (h, 2 * ffn), PROJ: (query, h), FC2: (ffn, h)}
 
 
+def gradient_traffic(rank: Rank, fused: bool) -> int:
+    """Bytes moved for a number of a weight gradient: read and written in its buffer; not ``fused``, also written and
+    read before that."""
+    if not rank.stack.main_grads:
+        return rank.bytes_per_number
+    return 2 * rank.gradient_bytes + (0 if fused else 2 * rank.bytes_per_number)
+
+
 def linear(rank: Rank, inputs: int, outputs: int, fp8: bool, trains: bool = True) -> Linear:
     """A linear layer of these widths on this rank; without a weight gradient where it is frozen."""
     fp8 = fp8 and rank.fp8_products
-    gradient = 8 if rank.stack.main_grads else rank.bytes_per_number
+    gradient = gradient_traffic(rank, rank.stack.fused_layer_gradients)
     return Linear(
         product(rank, rank.tokens, outputs, inputs, fp8),
         product(rank, rank.tokens, inputs, outputs, fp8),
@@ -292,11 +311,27 @@ def cp_seconds(rank: Rank) -> tuple[float, float]:
 
 
 def output_layer(rank: Rank, trains: bool = True) -> tuple[Pass, Pass]:
-    """Final norm, output layer (never FP8) and loss, (forward, backward); ``trains``: not frozen."""
-    table = linear(rank, rank.hidden, rank.vocab // rank.tp, False, trains)
-    loss = memory_seconds(rank, float(LOGIT_BYTES) * rank.tokens * rank.vocab / rank.tp)
-    one = tp_collective_seconds(rank)
-    return Pass(table.forward, 0, loss * 2 / 3, one), Pass(table.backward, 0, loss / 3, one)
+    """Final norm, output layer (never FP8) and loss, (forward, backward); ``trains``: not frozen.
+
+    In parts (``memory.loss_chunk_tokens``) the logits are computed once more in the backward pass, and the weight's
+    gradient is read and written for each part.
+    """
+    one, kind = tp_collective_seconds(rank), "chunked" if rank.loss_chunk else rank.stack.cross_entropy
+    loss = [
+        memory_seconds(rank, moved * rank.bytes_per_number / 2 * rank.tokens * rank.vocab / rank.tp)
+        for moved in LOGIT_BYTES[kind]
+    ]
+    if rank.loss_chunk:
+        loss = [rank.stack.chunked_passes * seconds for seconds in loss]
+    fused = rank.stack.fused_output_gradient or rank.loss_chunk is not None
+    own = replace(rank, stack=replace(rank.stack, fused_layer_gradients=fused))
+    part = min(rank.loss_chunk or rank.tokens, rank.tokens)
+    parts, own = rank.tokens / part, replace(own, tokens=part)
+    table = linear(own, rank.hidden, rank.vocab // rank.tp, False, trains)
+    again = table.forward if rank.loss_chunk else 0.0
+    return Pass(parts * table.forward, 0, loss[0], one), Pass(
+        parts * (table.backward + again), 0, loss[1], one
+    )
 
 
 def feed_forward(rank: Rank, fp8: bool) -> Pass:

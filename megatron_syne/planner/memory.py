@@ -103,7 +103,8 @@ def _plan(config: RunConfig, model: ModelConfig, world_size: int, gpu: Gpu | Non
         stepped = state.shard(buffers, config, replicas)
         activations, logits = _activations(config, model, sizes, stages, number, dp)
         # the step of the optimizer begins when all activations are gone
-        beyond = state.step_bytes(stepped, config) - activations - logits
+        largest = max((p.size for chunk in chunks for p in chunk if p.trains), default=0)
+        beyond = state.step_bytes(stepped, config, gpu is not None, largest) - activations - logits
         parts = {
             "parameters": state.weight_bytes(chunks, buffers, config, gathered),
             "gradients": buffers.padded * state.gradient_width(config),

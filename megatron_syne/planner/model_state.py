@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from megatron_syne.config.schema import ModelConfig, OptimizerConfig, RunConfig
+from megatron_syne.fp8.choice import emulates_fp8
 from megatron_syne.models import parameter_names as names
 from megatron_syne.models.config import padded_vocab_size
 from megatron_syne.models.family import completed
@@ -211,11 +212,41 @@ def state_width(options: OptimizerConfig, params_dtype: str) -> int:
     return 8 if WIDTH[params_dtype] == 4 else 12
 
 
-def step_bytes(numbers: int, config: RunConfig) -> int:
-    """Bytes that a step of the optimizer takes for a while: fp32 copies of gradients that are not fp32."""
-    if gradient_width(config) == 4 or config.optimizer.use_precision_aware_optimizer:
-        return 0
-    return 4 * numbers
+def adam_reads_gradients(config: RunConfig, engine: bool) -> bool:
+    """Whether Adam takes bf16 gradients as they are and keeps the master weights itself.
+
+    So with the precision-aware optimizer, but not where Transformer Engine's layers keep weights in FP8 by another
+    recipe than ``delayed`` and the masters are fp32: then megatron-core keeps masters and fp32 gradients as without it
+    (``optimizer/optimizer_config.py: use_precision_aware_optimizer_no_fp8_or_ds_fp8``).
+    """
+    options = config.optimizer
+    precision = config.precision
+    gathers = precision.fp8_param_gather and not emulates_fp8(precision, "cuda" if engine else "cpu")
+    recipe = precision.fp8 if gathers else None
+    return options.use_precision_aware_optimizer and (
+        options.main_params_dtype != "fp32" or recipe in (None, "delayed") or options.optimizer_cpu_offload
+    )
+
+
+SLICE_NUMBERS = 2**27
+"""Parameters that Adam steps at a time on CUDA, or one larger one (``platform/adam_slices.py``)."""
+
+
+def step_bytes(numbers: int, config: RunConfig, engine: bool = False, largest: int = 0) -> int:
+    """Bytes that a step of the optimizer takes for a while: fp32 copies of what is not fp32.
+
+    Gradients, unless Adam reads them (:func:`adam_reads_gradients`); and on a GPU (``engine``) moments and master
+    weights of one slice, or of the ``largest`` parameter: Transformer Engine's ``FusedAdam.step`` (2.11,
+    ``pytorch/optimizers/fused_adam.py``) copies all that it is given before its kernel runs.
+    """
+    options = config.optimizer
+    direct = adam_reads_gradients(config, engine)
+    copied = numbers if gradient_width(config) < 4 and not direct else 0
+    if engine and options.use_precision_aware_optimizer and not options.optimizer_cpu_offload:
+        kinds = [options.exp_avg_dtype, options.exp_avg_sq_dtype]
+        kinds += [options.main_params_dtype] if direct else []
+        copied += sum(kind != "fp32" for kind in kinds) * min(numbers, max(SLICE_NUMBERS, largest))
+    return 4 * copied
 
 
 def optimizer_bytes(numbers: int, config: RunConfig) -> int:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from megatron_syne.config.schema import MemoryConfig, ModelConfig, RunConfig
 from megatron_syne.fp8.choice import emulates_fp8, layers_in_bf16
 from megatron_syne.planner.activations import FP32, Layer, Sizes, layer_bytes, norm_bytes
+from megatron_syne.planner.stacks import CUDA_PLATFORM
 
 _BLOCK = 128
 """Values that share a scale in blockwise FP8."""
@@ -63,7 +64,10 @@ def _gradients(sizes: Sizes, part: int) -> int:
     if not sizes.engine:
         return 0
     inner = 2 * (sizes.query + 2 * sizes.key) + sizes.query if part == 0 else 3 * sizes.ffn
-    return sizes.tokens * sizes.width * (inner + 3 * sizes.hidden)
+    weight = 0
+    if not CUDA_PLATFORM.fused_layer_gradients:  # the larger of a part's two waits to be added
+        weight = (sizes.query + 2 * sizes.key if part == 0 else 2 * sizes.ffn) * sizes.hidden
+    return sizes.width * (sizes.tokens * (inner + 3 * sizes.hidden) + weight)
 
 
 def chunk_units(

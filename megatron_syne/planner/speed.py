@@ -22,7 +22,7 @@ from megatron_syne.parallel.topology import chunk_layers, data_parallel_size
 from megatron_syne.planner import costs, update
 from megatron_syne.planner.costs import Pass, Rank
 from megatron_syne.planner.hardware import Gpu
-from megatron_syne.planner.stacks import MEGATRON, Stack
+from megatron_syne.planner.stacks import CUDA_PLATFORM, Stack
 from megatron_syne.planner.timeline import pipeline_seconds
 from megatron_syne.planner.update import Trained
 from megatron_syne.preflight.size import stage_parameters
@@ -94,7 +94,7 @@ def step_time(
     world_size: int,
     gpu: Gpu,
     *,
-    stack: Stack = MEGATRON,
+    stack: Stack = CUDA_PLATFORM,
     checkpoint_bandwidth: float = 10e9,
 ) -> StepTime:
     """The prediction; ``model`` is the resolved one, the configuration must have passed ``preflight.rules.check``.

@@ -5,7 +5,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from megatron_syne.config.schema import RunConfig
+
+CrossEntropy = Literal["native", "te"]
 
 
 @dataclass(frozen=True)
@@ -31,16 +36,43 @@ class Stack:
     """Share that shows of other overlapped communication: over DP, CP and FSDP."""
     elementwise_passes: float = 1.0
     """Bytes that element-wise work moves over those of fused kernels."""
+    chunked_passes: float = 1.0
+    """Bytes that element-wise work of a loss in parts moves over those of one pass for each of its kernels."""
     main_grads: bool = True
-    """Weight gradients are added up in fp32 buffers in every micro-batch; else written once, in bf16."""
+    """Weight gradients are added up in buffers of their own in every micro-batch; else written once, in bf16."""
+    fused_layer_gradients: bool = True
+    """The products of layers' weight gradients add to those buffers themselves; else bf16 results are added after."""
+    fused_output_gradient: bool = True
+    """The same of the output layer."""
+    cross_entropy: CrossEntropy = "native"
+    """``native``: megatron-core's, over fp32 copies of the logits; ``te``: Transformer Engine's, in place."""
+    recipe_shares: dict[str, float] = field(default_factory=dict)
+    """``fp8_share`` of single recipes, where they were measured."""
     fsdp: bool = False
     """Weights are gathered for each pass and gradients reduced in each micro-batch."""
     selective_ops: bool = False
     """torchtitan's selective recompute by operator: every second matrix product and all element-wise work again."""
 
 
-MEGATRON = Stack("megatron-core", bf16_share=0.716, fp8_share=0.638, tp_exposed=0.267)
-"""megatron-core with Transformer Engine: what this package trains with on CUDA."""
+def cross_entropy_of(stack: Stack, config: RunConfig) -> CrossEntropy:
+    """The cross entropy of a run's whole logits: Transformer Engine's neither where it has to be deterministic nor with
+    z-loss in bf16 (``platform/cuda_kernels.py: cross_entropy_options``)."""
+    z_loss = config.train.z_loss > 0 and config.precision.params_dtype == "bf16"
+    return "native" if config.train.deterministic_mode or z_loss else stack.cross_entropy
+
+
+MEGATRON = Stack("megatron-core", bf16_share=0.718, fp8_share=0.641, tp_exposed=0.275)
+"""megatron-core with Transformer Engine, as NVIDIA's published rows have it (apex for the fused weight gradient)."""
+
+CUDA_PLATFORM = replace(
+    MEGATRON,
+    name="megatron_syne",
+    fused_output_gradient=False,
+    cross_entropy="te",
+)
+"""What this package trains with on CUDA without apex (``platform/cuda.py: engine_options``): the output layer is
+megatron-core's own, whose product adds to the buffer by apex's kernel alone. The shares are those of the published
+rows: nothing of ours has been measured yet."""
 
 MEGATRON_FSDP = replace(MEGATRON, name="megatron-core, FSDP", fsdp=True)
 """The same with megatron-core's FSDP, as some published rows used it."""
@@ -48,9 +80,9 @@ MEGATRON_FSDP = replace(MEGATRON, name="megatron-core, FSDP", fsdp=True)
 TORCHTITAN = replace(
     MEGATRON,
     name="torchtitan, compiled",
-    bf16_share=0.716 * 0.734,
-    fp8_share=0.638 * 0.734,
-    tp_exposed=0.672,
+    bf16_share=0.718 * 0.733,
+    fp8_share=0.641 * 0.733,
+    tp_exposed=0.675,
     attention_forward_share=0.35,
     attention_backward_share=0.28,
     main_grads=False,

@@ -16,6 +16,7 @@ from megatron_syne.models import parameter_names as names
 from megatron_syne.models.family import completed
 from megatron_syne.planner.activations import sizes_of
 from megatron_syne.planner.costs import Rank, link_seconds, memory_seconds, showing, widths
+from megatron_syne.planner.model_state import WIDTH, adam_reads_gradients, gradient_width
 from megatron_syne.planner.recompute import chunk_units
 from megatron_syne.preflight.size import model_parameters
 
@@ -24,8 +25,6 @@ HOST_LINK = 25e9
 HOST_MEMORY = 200e9
 """Bytes/s that a node's processors stream through their memory in an optimizer's step, shared by its GPUs; assumed, a
 third of what two sockets of eight channels of DDR5-4800 have (614e9)."""
-
-_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 1}
 
 
 @dataclass(frozen=True)
@@ -162,24 +161,50 @@ def _showing(rank: Rank, seconds: float, behind: float) -> float:
 
 
 def optimizer_seconds(config: RunConfig, rank: Rank, dp: int, parameters: int) -> float:
-    """Gradient norm, Adam on this rank's share of the state, and emptying the gradient buffer, by bytes moved.
+    """Gradients over the number of tokens, their norm, Adam on this rank's share of the state, and emptying the
+    gradient buffer, by bytes moved; clipping, one more pass over the share where the norm is too large, is not counted.
 
     ``parameters``: those that train. What is offloaded goes to the host, is stepped at the rate of its memory, and
     comes back; with ``overlap_cpu_optimizer_d2h_h2d`` the copies hide behind the host's step, as far as it lasts.
     """
-    optimizer = config.optimizer
+    optimizer, gradient = config.optimizer, rank.gradient_bytes
     shard = parameters / (dp * rank.cp) if config.parallel.use_distributed_optimizer else parameters
-    gradient = 4 if config.precision.accumulate_allreduce_grads_in_fp32 else 2
-    stepped = 2 * state_bytes(optimizer) + rank.bytes_per_number
+    # DDP's buffers: read and written by ``finalize_model_grads``, set to zero for the next step
+    once = (3 if rank.stack.main_grads else 1) * gradient * parameters
+    stepped = adam_bytes(config)
     if not optimizer.optimizer_cpu_offload:
-        return memory_seconds(rank, (2 * gradient + stepped) * shard + gradient * parameters)
+        return memory_seconds(rank, stepped * shard + once)
     away = optimizer.optimizer_offload_fraction * shard
-    norm = 2 * gradient * shard + gradient * parameters
     copies = away * (gradient + rank.bytes_per_number) / HOST_LINK
-    host = away * (gradient + stepped) * rank.gpu.gpus_per_node / HOST_MEMORY
+    there = gradient + 2 * state_bytes(optimizer) + rank.bytes_per_number
+    host = away * there * rank.gpu.gpus_per_node / HOST_MEMORY
     if optimizer.overlap_cpu_optimizer_d2h_h2d:
         copies = _showing(rank, copies, host)
-    return memory_seconds(rank, norm + stepped * (shard - away)) + copies + host
+    return memory_seconds(rank, once + gradient * away + stepped * (shard - away)) + copies + host
+
+
+STEPPED = {"fp32": 8, "bf16": 24, "fp16": 40, "fp8": 22}
+"""Bytes that a step moves for one number of the optimizer's state. fp32: read and written. Others go through an fp32
+copy (``model_state.step_bytes``): read and copied, read and written by the kernel, rounded and copied back (bf16);
+scaled by two more passes and searched for the largest by a third (fp16); the like in FP8."""
+
+
+def adam_bytes(config: RunConfig) -> int:
+    """Bytes moved on the GPU for one parameter by the gradient's norm and by Adam, weights written.
+
+    Where megatron-core keeps the masters (:func:`model_state.adam_reads_gradients`) bf16 gradients are copied to fp32
+    before, and the masters are read again to write the weights.
+    """
+    options, gradient = config.optimizer, gradient_width(config)
+    width = WIDTH[config.precision.params_dtype]
+    aware = options.use_precision_aware_optimizer
+    kinds = [options.exp_avg_dtype, options.exp_avg_sq_dtype] if aware else ["fp32", "fp32"]
+    moments = sum(STEPPED[kind] for kind in kinds)
+    if adam_reads_gradients(config, True):
+        return 2 * gradient + moments + STEPPED[options.main_params_dtype] + width
+    copied = 0 if gradient == 4 else 2 + 4
+    written = 0 if width == 4 else 4 + width
+    return copied + 4 + 4 + moments + STEPPED["fp32"] + written
 
 
 def offload_seconds(config: RunConfig, model: ModelConfig, layer: int) -> float:
@@ -195,16 +220,25 @@ def state_bytes(optimizer: OptimizerConfig) -> int:
     if not optimizer.use_precision_aware_optimizer:
         return 12
     kinds = (optimizer.main_params_dtype, optimizer.exp_avg_dtype, optimizer.exp_avg_sq_dtype)
-    return sum(_BYTES[kind] for kind in kinds)
+    return sum(WIDTH[kind] for kind in kinds)
 
 
 def checkpoint_bytes(config: RunConfig, model: ModelConfig, trained: int | None = None) -> int:
     """Bytes of one checkpoint: weights as computed with, master weights and moments (fp32 weights are their own).
 
+    Master weights and moments are written in fp32 whatever their format (``training.optimizer.changed_formats``).
     ``trained``: how many of the parameters train, None = all; of the others there are weights alone.
     """
     parameters = model_parameters(model)
     trained = parameters if trained is None else trained
     bf16 = config.precision.params_dtype == "bf16"
     frozen = (parameters - trained) * (2 if bf16 else 4)
-    return trained * ((2 if bf16 else 0) + state_bytes(config.optimizer)) + frozen
+    return trained * ((2 if bf16 else 0) + 12) + frozen
+
+
+def staged_bytes(config: RunConfig, model: ModelConfig, world_size: int, trained: int | None = None) -> int:
+    """Bytes of host memory that each rank copies its part of a checkpoint into, and keeps (``checkpoint.async_save``);
+    0 without. The ranks of one node share that node's memory: times GPUs per node."""
+    if not config.checkpoint.async_save:
+        return 0
+    return -(-checkpoint_bytes(config, model, trained) // world_size)

@@ -82,6 +82,16 @@ class Platform(ABC):
         return {key: value.to(self.device, non_blocking=True) for key, value in batch.items()}
 
 
+def use_deterministic_torch(deterministic: bool) -> None:
+    """torch's deterministic algorithms, a warning where there is none; fresh memory is not filled for it."""
+    import torch
+
+    torch.use_deterministic_algorithms(deterministic, warn_only=True)
+    if deterministic:
+        options: Any = torch.utils.deterministic
+        options.fill_uninitialized_memory = False
+
+
 def has_gpu() -> bool:
     """Whether an NVIDIA GPU is visible, asked without torch: ``auto`` must be known before its import."""
     if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):

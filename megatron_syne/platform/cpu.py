@@ -39,7 +39,7 @@ from megatron_syne.config.schema import PrecisionConfig, RunConfig
 from megatron_syne.errors import ConfigError
 from megatron_syne.fp8.choice import describe_fp8, emulates_fp8
 from megatron_syne.platform.adam_slices import in_slices
-from megatron_syne.platform.base import Platform
+from megatron_syne.platform.base import Platform, use_deterministic_torch
 from megatron_syne.platform.cpu_adam import GroupStepAdamW, bridge_precision_aware_optimizer
 from megatron_syne.platform.cpu_gloo import bridge_gloo
 from megatron_syne.platform.cpu_norm import LocalNorm
@@ -145,7 +145,8 @@ class CpuPlatform(Platform):
     def device(self) -> torch.device:
         return _CPU
 
-    def start(self, local_rank: int, precision: PrecisionConfig) -> None:
+    def start(self, local_rank: int, precision: PrecisionConfig, deterministic: bool = False) -> None:
+        use_deterministic_torch(deterministic)
         install_bridge()
         self._fp8 = describe_fp8(precision, self.name)
 

@@ -168,7 +168,6 @@ class CudaPlatform(Platform):
         # The output layer is megatron-core's own and needs apex's kernel for the fused weight gradient; Transformer
         # Engine's layers have theirs, which training.optimizer.wrap_ddp turns on.
         fused_wgrad = import_failure("fused_weight_gradient_mlp_cuda") is None
-        deterministic = config.train.deterministic_mode
         return {
             "use_cpu_initialization": False,
             "gradient_accumulation_fusion": fused_wgrad,
@@ -177,8 +176,8 @@ class CudaPlatform(Platform):
             "bias_activation_fusion": True,
             "bias_dropout_fusion": True,
             "apply_rope_fusion": True,
-            "deterministic_mode": deterministic,
-            **cross_entropy_options(deterministic),
+            "deterministic_mode": config.train.deterministic_mode,
+            **cross_entropy_options(config),
             **fp8_options(config.precision),
         }
 

@@ -198,12 +198,14 @@ def moments_survive(facts: Facts) -> Problems:
             f"nearest legal: fp16 or bf16"
         )
     recipe = facts.get("precision.fp8")
-    if recipe in ("tensorwise", "blockwise") and facts.get(_FORMATS[1]) == "fp32":
+    in_fp8 = recipe in ("tensorwise", "blockwise") and facts.get("precision.fp8_param_gather")
+    if in_fp8 and facts.get(_FORMATS[1]) == "fp32":
         for key in (first, second):
             if facts.get(key) in ("fp16", "fp8"):
                 yield (
-                    f"{facts.at(key)} with {facts.at('precision.fp8')} and {_FORMATS[1]} fp32: megatron-core's "
-                    f"checkpoints would leave out the scale of the moments; use bf16, or {_FORMATS[1]}: fp16"
+                    f"{facts.at(key)} with {facts.at('precision.fp8')}, weights in FP8 and {_FORMATS[1]} fp32: "
+                    "the engine's checkpoints would leave out the scale of the moments; use bf16, or "
+                    f"{_FORMATS[1]}: fp16"
                 )
 
 

@@ -18,6 +18,7 @@ from megatron_syne.errors import ConfigError
 from megatron_syne.parallel.topology import chunk_layers, data_parallel_size
 from megatron_syne.preflight.context_rules import CONTEXT_RULES
 from megatron_syne.preflight.data_rules import DATA_RULES
+from megatron_syne.preflight.determinism_rules import DETERMINISM_RULES
 from megatron_syne.preflight.facts import Facts, PlatformName, nearest, nearest_multiples
 from megatron_syne.preflight.fp8_rules import FP8_RULES
 from megatron_syne.preflight.harness_rules import HARNESS_RULES
@@ -228,6 +229,7 @@ RULES: tuple[Rule, ...] = (
     *HARNESS_RULES,
     *MONITOR_RULES,
     *DATA_RULES,
+    *DETERMINISM_RULES,
 )
 
 AT_LEAST_ONE = (
@@ -240,6 +242,7 @@ AT_LEAST_ONE = (
     *(_TP, _PP, _VPP, "parallel.context_parallel_size", "parallel.data_parallel_size"),
     *(f"parallel.num_layers_in_{end}_pipeline_stage" for end in ("first", "last")),
     "data.seq_length",
+    "memory.loss_chunk_tokens",
     *("schedule.lr_warmup_tokens", "schedule.lr_decay_iters"),
     *(f"train.{name}" for name in ("micro_batch_size", "global_batch_size", "train_iters", "exit_interval")),
     *(f"train.{name}" for name in ("eval_interval", "eval_iters")),

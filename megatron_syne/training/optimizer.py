@@ -120,7 +120,8 @@ def engine_optimizer_config(config: RunConfig, fp8: bool) -> Any:
         clip_grad=options.clip_grad,
         bf16=precision.params_dtype == "bf16",
         params_dtype=DTYPES[precision.params_dtype],
-        fp8_recipe=precision.fp8 if fp8 else None,
+        # of the weights' format: told of a recipe the engine keeps masters itself, and fp32 copies of bf16 gradients
+        fp8_recipe=precision.fp8 if fp8 and precision.fp8_param_gather else None,
         use_distributed_optimizer=config.parallel.use_distributed_optimizer,
         overlap_param_gather=config.parallel.overlap_param_gather,
         **state_options(config),

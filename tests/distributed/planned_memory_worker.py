@@ -2,8 +2,8 @@
 
 Each job trains one step through megatron-core's schedule. Every tensor that autograd keeps is counted from when it is
 saved to when it is let go, recomputed layers in the backward pass too; with them what pipeline stages receive and
-send. Storages count once whatever views of them are kept; weights do not count. ``results.json``: per job, per rank,
-bytes per component.
+send. Storages count once whatever views of them are kept; weights do not count. Of a loss in parts also what it makes
+for itself meanwhile. ``results.json``: per job, per rank, bytes per component.
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ class Count:
         self.fp8 = fp8
         self.in_logits = False
         self.peaks = {"all": 0, "logits": 0}
+        self.made = 0
+        self.restore = lambda: None
         self._live: dict[int, tuple[weakref.ref[Any], bool]] = {}
 
     def keep(self, tensor: Any) -> Kept:
@@ -68,6 +70,55 @@ class Count:
             "all": max(self.peaks["all"], whole),
             "logits": max(self.peaks["logits"], logits),
         }
+
+
+def watch_loss_in_parts(count: Count) -> None:
+    """Add to ``count.peaks["logits"]`` what the chunked loss makes at once in its backward pass, by its operations."""
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import tree_leaves
+
+    from megatron_syne.models import chunked_loss
+
+    class Made(TorchDispatchMode):
+        """Live bytes of the storages that operations make."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.known: set[int] = set()
+            self.now = self.peak = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            given = [t for t in tree_leaves([args, kwargs]) if isinstance(t, torch.Tensor)]
+            self.known |= {t.untyped_storage()._cdata for t in given}
+            result = func(*args, **(kwargs or {}))
+            for tensor in tree_leaves(result):
+                if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in self.known:
+                    self.enter(tensor.untyped_storage())
+            return result
+
+        def enter(self, storage: Any) -> None:
+            self.known.add(storage._cdata)
+            self.now += storage.nbytes()
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self.leave, storage._cdata, storage.nbytes())
+
+        def leave(self, key: int, size: int) -> None:
+            self.known.discard(key)
+            self.now -= size
+
+    function = chunked_loss._ChunkedLoss
+    original = function.backward
+
+    def backward(*arguments: Any) -> Any:
+        made = Made()
+        with made:
+            result = original(*arguments)
+        count.made = max(count.made, made.peak)
+        return result
+
+    function.backward = staticmethod(backward)
+    count.restore = lambda: setattr(function, "backward", staticmethod(original))
 
 
 def storages(tensors: Any) -> dict[int, int]:
@@ -184,7 +235,10 @@ def main() -> None:
         connect(chunks, optimizer, config)
         count = Count(chunks, fp8)
         watch(chunks, count, config.memory.distribute_saved_activations)
+        if config.memory.loss_chunk_tokens is not None:
+            watch_loss_in_parts(count)
         train_step(config, model, platform, chunks, optimizer, count)
+        count.restore()
         buffers = [buffer.grad_data for chunk in chunks for buffer in chunk.buffers]
         gathered = parallel_state.get_global_memory_buffer().buffer.values()
         state = optimizer_storages(optimizer)
@@ -193,7 +247,7 @@ def main() -> None:
             "gradients": sum(storages(buffers).values()),
             "optimizer": sum(size for key, size in state.items() if key not in count.weights),
             "activations": count.peaks["all"] - count.peaks["logits"],
-            "logits": count.peaks["logits"],
+            "logits": count.peaks["logits"] + count.made,
             "fp8": sum(count.rounded_weights().values()),
             "communication": sum(storages(gathered).values()),
         }

@@ -53,6 +53,7 @@ PLAIN_DP = "parallel.use_distributed_optimizer=false"
 ONE = "train.micro_batch_size=1"
 DISTRIBUTED = "memory.distribute_saved_activations=true"
 DOCUMENTS = "data.reset_attention_mask=true"
+PARTS = "memory.loss_chunk_tokens=48"  # of 128
 BUCKETS = ["parallel.overlap_grad_reduce=true", "parallel.ddp_bucket_size=20000"]
 ALL = modules("core_attn,mlp,layernorm")
 
@@ -63,6 +64,8 @@ WORLDS: dict[int, dict[str, list[str]]] = {
         "tied": [TIED],
         "padded_vocabulary": ["model.vocab_size=500", "model.make_vocab_size_divisible_by=128"],
         "z_loss": ["train.z_loss=1.0e-3"],
+        "loss_in_parts": [PARTS],
+        "loss_in_parts_bf16": [PARTS, BF16],
         "core_attn": [SELECTIVE],
         "mlp": modules("mlp"),
         "layernorm": modules("layernorm"),
@@ -83,6 +86,7 @@ WORLDS: dict[int, dict[str, list[str]]] = {
         "tp2": [TP2],
         "tp2_sp": [TP2, SP],
         "tp2_sp_bf16": [TP2, SP, BF16],
+        "tp2_sp_loss_in_parts": [TP2, SP, PARTS],
         "tp2_sp_all_modules": [TP2, SP, *ALL],
         "tp2_sp_uniform_bf16": [TP2, SP, BF16, FULL, UNIFORM],
         "tp2_distributed_bf16": [TP2, BF16, FULL, UNIFORM, DISTRIBUTED],

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_syne.checkpoint.manager import check_same_model
 from megatron_syne.checkpoint.optimizer_state import overshoot
+from megatron_syne.checkpoint.stored import check_same_model
 from megatron_syne.config.schema import ModelConfig
 from megatron_syne.errors import ConfigError
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,12 +22,11 @@ MODEL = ModelConfig(
 )  # fmt: skip
 
 
-def trainer_at(sample: int, step: int = 1, log_interval: int = 1) -> Any:
+def trainer_at(sample: int) -> Any:
     """The second half of the run has samples of 256 tokens."""
     return SimpleNamespace(
-        state=SimpleNamespace(consumed_samples=sample, step=step),
+        state=SimpleNamespace(consumed_samples=sample),
         train_data=SimpleNamespace(seq_length_at=lambda first: 128 if first < 16 else 256),
-        config=RunConfig(monitor=MonitorConfig(log_interval=log_interval)),
     )
 
 
@@ -42,7 +40,6 @@ def test_flops_are_of_the_stages_length(first: int, length: int) -> None:
     assert metrics["tflops_per_gpu"] == pytest.approx(expected / 1e12)
     assert metrics["mfu"] == pytest.approx(expected / 2e12)
     assert metrics["tokens_per_second_per_gpu"] == 250.0
-    assert metrics["checkpoint_seconds"] == 0.0
 
 
 def test_without_a_peak_there_is_no_mfu() -> None:
@@ -79,21 +76,3 @@ def test_peak(
     monkeypatch.setattr(speed, "gpu_of_device", gpus.get)
     config = RunConfig(precision=PrecisionConfig(**precision), monitor=MonitorConfig(peak_flops=given))
     assert peak_flops(config, device) == peak
-
-
-def test_saving_counts_for_the_next_step_that_is_logged(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = [0.0]
-    monkeypatch.setattr(speed.time, "perf_counter", lambda: now[0])
-    watched = Speed(RunConfig(), MODEL, None, world_size=1)
-    found = []
-    for step in range(1, 9):
-        trainer = trainer_at(8 * step, step, log_interval=4)
-        metrics = {"step_seconds": 1.0, "tokens_per_second": 1.0}
-        watched.on_step_end(trainer, metrics)
-        found.append(metrics["checkpoint_seconds"])
-        watched.on_step_boundary(trainer)
-        now[0] += 3.0
-        if step in (1, 2, 5):
-            watched.on_checkpoint_saved(trainer, Path("x"))
-        now[0] += 100.0
-    assert found == [0.0, 3.0, 6.0, 6.0, 0.0, 3.0, 3.0, 3.0]

@@ -135,8 +135,9 @@ def test_activations_of_a_layer_by_hand() -> None:
     (rank,) = planned()
     rest = tokens * (8 + 2 * hidden + 4) + 4 * tokens * 128  # token numbers, final norm, rotary angles
     assert rank.components["activations"] == 32 * tokens * layer + rest
-    # fp32 softmax and bf16 logits, the output layer's input, 13 bytes a token of labels and masks
-    assert rank.components["logits"] == tokens * (6 * 128_256 + 2 * hidden + 13)
+    # bf16 logits, the output layer's input and 13 bytes a token of labels and masks; gradients of input and weight
+    gradients = 2 * hidden * (tokens + 128_256)
+    assert rank.components["logits"] == tokens * (2 * 128_256 + 2 * hidden + 13) + gradients
 
 
 def test_what_recomputation_leaves_by_hand() -> None:

@@ -29,7 +29,7 @@ from megatron_syne.planner.hardware import GPUS
 from megatron_syne.planner.model_state import rank_parameters
 from megatron_syne.planner.published import ROWS
 from megatron_syne.planner.speed import PARTS, StepTime, step_time
-from megatron_syne.planner.stacks import MEGATRON, TORCHTITAN, TORCHTITAN_EAGER
+from megatron_syne.planner.stacks import CUDA_PLATFORM, MEGATRON, TORCHTITAN, TORCHTITAN_EAGER
 from megatron_syne.planner.timeline import Task, pipeline_seconds, stage_order, timeline, warmup_forwards
 from megatron_syne.preflight.size import model_parameters
 
@@ -78,7 +78,7 @@ def test_constants_are_what_their_rows_give() -> None:
 
 
 def test_constants_are_shares_that_kernels_reach() -> None:
-    for stack in (MEGATRON, TORCHTITAN, TORCHTITAN_EAGER):
+    for stack in (MEGATRON, CUDA_PLATFORM, TORCHTITAN, TORCHTITAN_EAGER):
         for name, value in dataclasses.asdict(stack).items():
             if name.endswith(("share", "exposed")):
                 assert 0 < value < 0.9, name
@@ -296,7 +296,7 @@ def test_step_is_the_timeline_and_what_comes_once() -> None:
 def test_full_recompute_is_one_more_forward_of_the_layers() -> None:
     run = config("llama3_8b")
     plain, full = predict(run, 1), predict(config("llama3_8b", memory=FULL), 1)
-    forward, _ = costs.layer(costs.rank_of(run, resolve_model(run.model), H100, MEGATRON))
+    forward, _ = costs.layer(costs.rank_of(run, resolve_model(run.model), H100, CUDA_PLATFORM))
     assert full.parts["recompute"] == pytest.approx(64 * 32 * forward.seconds)
     assert full.seconds - plain.seconds == pytest.approx(full.parts["recompute"])
     assert 1.2 < full.seconds / plain.seconds < 4 / 3
@@ -370,6 +370,18 @@ def test_checkpoint_takes_its_bytes() -> None:
     assert fast.checkpoint_seconds == pytest.approx(slow.checkpoint_seconds / 10)
 
 
+def test_a_checkpoint_is_fp32_whatever_the_optimizer_keeps() -> None:
+    """And as large on the host while it is written beside the training, cut over the ranks."""
+    run = config("llama3_8b")
+    model = resolve_model(run.model)
+    run.optimizer.use_precision_aware_optimizer = True
+    run.optimizer.exp_avg_dtype = run.optimizer.exp_avg_sq_dtype = "bf16"
+    assert update.checkpoint_bytes(run, model) == 14 * model_parameters(model)
+    assert update.staged_bytes(run, model, 8) == 0
+    run.checkpoint.async_save = True
+    assert 0 <= 8 * update.staged_bytes(run, model, 8) - 14 * model_parameters(model) < 8
+
+
 def test_offloaded_optimizer_waits_for_the_host() -> None:
     """For the copies, and for Adam at the rate of the host's memory, shared by a node's GPUs."""
     run = config("llama3_8b", use_distributed_optimizer=True)
@@ -404,7 +416,7 @@ def test_offloaded_activations_wait_for_the_host() -> None:
     one = update.offload_seconds(run, resolve_model(run.model), 0)
     assert one * update.HOST_LINK == pytest.approx(1.14e9, rel=0.05)
     # each of 8 micro-batches copies each of 31 layers to the host and back, behind all 32
-    forward, backward = costs.layer(costs.rank_of(run, resolve_model(run.model), H100, MEGATRON))
+    forward, backward = costs.layer(costs.rank_of(run, resolve_model(run.model), H100, CUDA_PLATFORM))
     shows = 8 * (31 * 2 * one - 32 * (forward.seconds + backward.seconds))
     assert most.parts["activation offload"] == pytest.approx(shows)
     assert most.seconds - plain.seconds == pytest.approx(shows)
@@ -429,7 +441,7 @@ def test_frozen_matrices_have_no_weight_gradient() -> None:
     plain = predict(config("llama3_8b"), 8)
     rest = predict(frozen(config("llama3_8b"), freeze=MATRICES), 8)
     # weight gradients take a little more than a third: they are added to fp32 buffers
-    assert 0.64 < rest.parts["matrices"] / plain.parts["matrices"] < 2 / 3
+    assert 0.63 < rest.parts["matrices"] / plain.parts["matrices"] < 2 / 3
     for part in ("attention", "elementwise"):
         assert rest.parts[part] == plain.parts[part]
     share = (128256 + 65) * 4096 / 8.0303e9  # embedding and norms
@@ -448,7 +460,9 @@ def test_no_backward_pass_below_the_first_layer_that_trains() -> None:
     assert last.seconds < 0.55 * first.seconds < 0.55 * plain.seconds
     assert first.parts["attention"] == plain.parts["attention"]
     run = config("llama3_8b")
-    forward, backward = costs.attention_seconds(costs.rank_of(run, resolve_model(run.model), H100, MEGATRON))
+    forward, backward = costs.attention_seconds(
+        costs.rank_of(run, resolve_model(run.model), H100, CUDA_PLATFORM)
+    )
     assert last.parts["attention"] == pytest.approx(8 * (32 * forward + backward))
     embedding = predict(frozen(config("llama3_8b"), "decoder.layers.31.*", "embedding.*"), 8)
     assert embedding.parts["attention"] == plain.parts["attention"]
@@ -470,7 +484,7 @@ def test_only_the_first_chunk_goes_without_a_backward_pass() -> None:
 
 def test_a_frozen_weight_gathers_nothing_again() -> None:
     run = config(tp=4)
-    rank = costs.rank_of(run, resolve_model(run.model), H100, MEGATRON)
+    rank = costs.rank_of(run, resolve_model(run.model), H100, CUDA_PLATFORM)
     one = costs.tp_collective_seconds(rank)
     backward = costs.layer(rank, trained=frozenset())[1]
     assert backward.tp == pytest.approx(
@@ -495,7 +509,7 @@ def test_numbers_that_train_are_those_of_the_memory_plan(
 ) -> None:
     run = frozen(config(preset, tp=tp, pp=pp), *train_only, freeze=tuple(freeze))
     model = resolve_model(run.model)
-    trained, rank = update.what_trains(run, model), costs.rank_of(run, model, H100, MEGATRON)
+    trained, rank = update.what_trains(run, model), costs.rank_of(run, model, H100, CUDA_PLATFORM)
     assert trained is not None
     assert trained.numbers(rank, chunk_layers(run.parallel, model.num_layers or 0)) == [
         sum(p.size for chunk in chunks for p in chunk if p.trains) for chunks in rank_parameters(run, model)

@@ -68,6 +68,7 @@ def problems(folder: Path, overrides: list[str], platform: Any) -> list[str]:
         [AWARE, FP8, "precision.fp8=delayed"],
         [AWARE, "optimizer.exp_avg_dtype=bf16", "precision.fp8=blockwise"],
         [AWARE, FP8, "optimizer.main_params_dtype=fp16", "precision.fp8=tensorwise"],
+        [AWARE, FP8, "precision.fp8=tensorwise"],
     ],
 )
 def test_what_fits_together_is_accepted(tmp_path: Path, overrides: list[str]) -> None:
@@ -154,7 +155,10 @@ def test_what_is_of_cuda_is_accepted_there_alone(tmp_path: Path, overrides: list
             [AWARE, "optimizer.exp_avg_sq_dtype=fp8"],
             ["exp_avg_sq_dtype = fp8", "nearest legal: fp16 or bf16"],
         ),
-        ([AWARE, FP8, "precision.fp8=tensorwise"], ["exp_avg_dtype = fp8", "fp8 = tensorwise", "bf16"]),
+        (
+            [AWARE, FP8, "precision.fp8=tensorwise", "precision.fp8_param_gather=true"],
+            ["exp_avg_dtype = fp8", "fp8 = tensorwise", "bf16"],
+        ),
         (["optimizer.optimizer_offload_fraction=0.5"], ["optimizer_cpu_offload: true"]),
         (["optimizer.overlap_cpu_optimizer_d2h_h2d=true"], ["optimizer_cpu_offload: true"]),
         ([STATE_OFFLOAD, AWARE, "optimizer.optimizer_offload_fraction=1.5"], ["above 0 and at most 1"]),

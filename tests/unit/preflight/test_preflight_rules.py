@@ -483,6 +483,7 @@ def test_every_rule_is_broken_by_some_case(load, tmp_path):
     elsewhere |= {rule.__name__ for rule in rules.TRAINABLE_RULES}  # test_trainable_rules.py
     elsewhere |= {rule.__name__ for rule in rules.HARNESS_RULES}  # test_harness_rules.py
     elsewhere |= {rule.__name__ for rule in rules.MONITOR_RULES}  # test_monitor_rules.py
+    elsewhere |= {rule.__name__ for rule in rules.DETERMINISM_RULES}  # test_determinism_rules.py
     assert {rule.__name__ for rule in rules.RULES} - reached - elsewhere == set()
 
 
