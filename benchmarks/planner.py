@@ -190,8 +190,8 @@ READING = """## What to make of it
 - Not a blind test. Four of the fitted rows were chosen before any error was computed; the form of the model was then
   changed four times with the errors of all rows in view, and two rows (bf16, torchtitan TP 8) became fitted because
   they and their FP8 twins had been missed by up to 26 %. `planner/calibration.py` lists the steps with their errors. By
-  the table of other fits below the median stays at 2.4 to 4.5 % in all but one of them; the worst error does not: the
-  15 % are met by two of eight. Nothing here has been run by us on a GPU.
+  the table of other fits below the median stays at 2.5 to 4.4 % in all but one of them; the worst error does not: the
+  15 % are met by three of eight. Nothing here has been run by us on a GPU.
 - One configuration, two measurements: 8B FP8 CP2 gave 12,273 (NeMo 24.12) and 13,882 (25.02), 13 % apart; 70B FP8
   TP4 PP8 of one batch 1,621 to 1,664. No prediction from the configuration can be nearer to both than half of that.
   The worst error of all is the older of the first pair.

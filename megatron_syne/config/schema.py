@@ -452,7 +452,9 @@ class CheckpointConfig:
     keep_latest: int = 3
     """Number of checkpoints kept; 0 = all."""
     async_save: bool = False
-    """Write checkpoints beside the training: a step waits only until its values are copied."""
+    """Write checkpoints beside the training: a step waits only until its values are copied to host memory, which then
+    holds this rank's part of a checkpoint (bf16: up to 14 bytes a parameter, less over data-parallel ranks). The last
+    one is waited for."""
 
 
 @dataclass
