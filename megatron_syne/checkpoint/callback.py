@@ -84,7 +84,7 @@ class CheckpointCallback(Callback):
         words = self.manager.abandon()
         self._free()
         if words is not None and dist.get_rank() == 0:
-            print(f"{words}, since training failed; the checkpoint before it is whole", file=sys.stderr)
+            print(f"{words}, since training failed; earlier checkpoints are as they were", file=sys.stderr)
 
     def save(self, trainer: Trainer, beside: bool = False) -> None:
         """Save now: begin to, where it is written ``beside`` the training, or wait until it is done."""

@@ -16,10 +16,13 @@ from __future__ import annotations
 from collections import ChainMap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from megatron_syne.checkpoint.optimizer_state import leaves
 
 Keep = Callable[[torch.Tensor], torch.Tensor]
 """What is done with a tensor that was made for the checkpoint alone, before the next is made."""
@@ -55,7 +58,9 @@ def _sharded_one(optimizer: Any) -> Any | None:
 
 @contextmanager
 def _empty_states(inner: Any) -> Iterator[None]:
-    """Have ``get_parameter_state_dp_zero`` answer with tensors without storage, padding and all."""
+    """Have ``get_parameter_state_dp_zero`` answer with tensors without storage, padding and all, and the optimizer's
+    ``state_dict`` with its states as they are: Transformer Engine's FusedAdam gives fp32 copies of all that are not
+    fp32, at once (2.11, ``fused_adam.py``), of which the engine takes none."""
 
     def without_values(**_: Any) -> dict[Any, Any]:
         found: dict[Any, Any] = {"buckets_coalesced": True}
@@ -65,15 +70,22 @@ def _empty_states(inner: Any) -> Iterator[None]:
             found[place] = {dtype: {kind: empty for kind in ("param", "exp_avg", "exp_avg_sq")}}
         return found
 
+    copies = hasattr(inner.optimizer, "get_unscaled_state")
     inner.get_parameter_state_dp_zero = without_values
+    if copies:
+        inner.optimizer.state_dict = partial(torch.optim.Optimizer.state_dict, inner.optimizer)
     try:
         yield
     finally:
         del inner.get_parameter_state_dp_zero
+        if copies:
+            del inner.optimizer.state_dict
 
 
 def _fill(inner: Any, described: dict[int, dict[str, Any]], keep: Keep) -> None:
     """Give each described tensor its values on the rank that is to write it."""
+    from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
+
     group = inner.data_parallel_group
     rank, size = group.rank(), group.size()
     index = -1
@@ -88,13 +100,28 @@ def _fill(inner: Any, described: dict[int, dict[str, Any]], keep: Keep) -> None:
             )
             owner = max(parts, key=lambda holder: len(parts[holder]))
             own = inner._get_main_param_and_optimizer_states(parameter) if parameter in mine else {}
-            for kind, leaf in described[index].items():
+            for kind, leaf in list(described[index].items()):
                 values = _collect(own.get(kind), parts, owner, group, bucket.grad_data.device)
                 if rank == owner:
                     assert values is not None
                     made = len(parts) > 1 or not _is_own(inner, parameter, values)
-                    leaf.data = (keep(values) if made else values).view(leaf.data.shape)
+                    values = values.view(leaf.data.shape)
+                    leaf.data = (
+                        keep(values) if made and not isinstance(leaf, ShardedTensorFactory) else values
+                    )
                 leaf.replica_id = (*leaf.replica_id[:-1], (rank - owner) % size)
+                if rank == owner and made and isinstance(leaf, ShardedTensorFactory):
+                    described[index][kind] = _kept_parts(leaf, keep)
+
+
+def _kept_parts(factory: Any, keep: Keep) -> Any:
+    """What the engine would make of a tensor that it stores in parts (SwiGLU's gate and up), each kept by itself.
+
+    Parts of one kept tensor would be smaller than its memory, and the engine copies such once more."""
+    parts = factory.build()
+    for part in leaves(parts):
+        part.data = keep(part.data.contiguous())
+    return parts
 
 
 def parts_of(start: int, end: int, shard: int, size: int) -> dict[int, range]:

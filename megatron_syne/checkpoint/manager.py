@@ -112,7 +112,7 @@ class CheckpointManager:
         try:
             complete = self.pending.advance()
         except (CheckpointException, OSError) as error:
-            # All ranks come here together: the engine has them agree on failures before it raises.
+            # All ranks come here together (but see PendingSave.advance)
             self.pending = None
             raise self._failed(error) from None
         if not complete:

@@ -50,6 +50,8 @@ class PendingSave:
         # In place of a process that holds the queue for the engine's forked writers (started by the first save).
         self._results: Any = queue.SimpleQueue()
         filesystem_async._results_queue = self._results
+        if copies is not None:
+            copies.wait()  # what was copied already is read by the engine's planning
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             request = dist_checkpointing.save(sharded, str(temporary), async_sharded_save=True)
@@ -70,8 +72,9 @@ class PendingSave:
     def advance(self) -> bool:
         """Wait for all ranks' parts of what is being done and begin what is next; True = the checkpoint is complete.
 
-        Raises CheckpointException or OSError on all ranks alike: the one where a rank could not write, the other
-        where rank 0 could not finish.
+        Raises CheckpointException or OSError on all ranks alike: the one where a rank could not write its tensors, the
+        other where rank 0 could not finish. Not alike where rank 0 cannot write the engine's own small files
+        (``common.pt``, ``.metadata``): the other ranks then wait in a collective, which ends with rank 0's process.
         """
         if not self._written:
             self._hand_in()

@@ -227,8 +227,9 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 def add_product(into: Tensor, a: Tensor, b: Tensor) -> None:
     """into += a^T b, summed in the format of ``into`` [m, n], ``a`` [k, m] and ``b`` [k, n] of one format.
 
-    From bf16 into fp32 by torch's product of mixed formats, which torch has for CUDA (since 2.8; in place as in
-    aten/native/cuda/Blas.cpp, ``_addmm_dtype_out_cuda``. Not run on a GPU yet); elsewhere of fp32 copies.
+    From bf16 into fp32 by torch's product of mixed formats, which torch has for CUDA (in place in 2.11:
+    aten/native/cuda/Blas.cpp, ``_addmm_dtype_out_cuda``; before, what is added to had to be of the factors' format).
+    Elsewhere of fp32 copies. Not run on a GPU yet.
     """
     if into.dtype == a.dtype:
         into.addmm_(a.t(), b)
@@ -237,6 +238,10 @@ def add_product(into: Tensor, a: Tensor, b: Tensor) -> None:
         torch.addmm(into, a.t(), b, out_dtype=into.dtype, out=into)
     except NotImplementedError:  # this machine's torch has no such kernel
         into.addmm_(a.t().to(into.dtype), b.to(into.dtype))
+    except RuntimeError as error:
+        if "must have the same dtype" not in str(error):
+            raise
+        into.add_(torch.mm(a.t(), b, out_dtype=into.dtype))
 
 
 def _gradient_buffer(weight: Tensor) -> Tensor:

@@ -50,7 +50,7 @@ def tag_of(name: str) -> str:
     group, _, rest = name.partition("/")
     if rest:
         return f"train_loss/{rest}" if group == "loss" else name
-    if name.removesuffix("_seconds") in _SPLIT:
+    if name.removesuffix("_seconds") in (*_SPLIT, "checkpoint_write"):
         return f"time/{name}"
     return f"train/{name}"
 

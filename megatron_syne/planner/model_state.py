@@ -250,7 +250,14 @@ def step_bytes(numbers: int, config: RunConfig, engine: bool = False, largest: i
 
 
 def optimizer_bytes(numbers: int, config: RunConfig) -> int:
-    """Bytes of the optimizer's state of so many numbers, without what ``optimizer_cpu_offload`` keeps on the host."""
+    """Bytes of the optimizer's state of so many numbers, without what ``optimizer_cpu_offload`` keeps on the host.
+
+    With it the rest has fp32 copies of bf16 gradients too, which lie there from one step to the next
+    (``optimizer/cpu_offloading/hybrid_optimizer.py: _set_sub_optimizer_grads``, ``param_update_in_fp32``).
+    """
     options = config.optimizer
-    held = 1.0 - options.optimizer_offload_fraction if options.optimizer_cpu_offload else 1.0
-    return int(numbers * state_width(options, config.precision.params_dtype) * held)
+    width = state_width(options, config.precision.params_dtype)
+    if not options.optimizer_cpu_offload:
+        return numbers * width
+    width += 4 if gradient_width(config) < 4 else 0
+    return int(numbers * width * (1.0 - options.optimizer_offload_fraction))

@@ -234,11 +234,3 @@ def checkpoint_bytes(config: RunConfig, model: ModelConfig, trained: int | None 
     bf16 = config.precision.params_dtype == "bf16"
     frozen = (parameters - trained) * (2 if bf16 else 4)
     return trained * ((2 if bf16 else 0) + 12) + frozen
-
-
-def staged_bytes(config: RunConfig, model: ModelConfig, world_size: int, trained: int | None = None) -> int:
-    """Bytes of host memory that each rank copies its part of a checkpoint into, and keeps (``checkpoint.async_save``);
-    0 without. The ranks of one node share that node's memory: times GPUs per node."""
-    if not config.checkpoint.async_save:
-        return 0
-    return -(-checkpoint_bytes(config, model, trained) // world_size)

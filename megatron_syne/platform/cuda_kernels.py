@@ -102,7 +102,7 @@ def be_deterministic(deterministic: bool) -> None:
         os.environ["NVTE_ALLOW_NONDETERMINISTIC_ALGO"] = "0"
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         os.environ.setdefault("NCCL_ALGO", "Ring")
-    elif before:  # another run of this process
+    elif before:  # another run of this process; cuBLAS's and NCCL's choices stay as they were first made
         os.environ.pop("NVTE_ALLOW_NONDETERMINISTIC_ALGO", None)
 
 

@@ -40,7 +40,9 @@ def runs(bench: Bench, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, 
         "again": [*BUCKETS, ASYNC],
     }
     listed = {name: [f"run_dir={folder / name}", *overrides] for name, overrides in jobs.items()}
-    results = bench.train(2, listed, {"abandoned": {"abandon_at": 10}})
+    slow = {"slow_writing": True}
+    options = {"abandoned": {"abandon_at": 10}, "tp2_beside": slow, "dp2_beside": slow}
+    results = bench.train(2, listed, options)
     return folder, results
 
 
@@ -56,7 +58,9 @@ def losses(result: dict) -> list[str]:
 def test_the_files_are_the_same(
     runs: tuple[Path, dict[str, dict]], layout: str, steps: tuple[int, int]
 ) -> None:
+    """Also where nothing is written until training has done its next step, and changed all values in place."""
     folder, results = runs
+    assert set(results[f"{layout}_beside"]["held_back"]) == {steps[0]}
     waiting, beside = folder / layout, folder / f"{layout}_beside"
     assert losses(results[layout]) == losses(results[f"{layout}_beside"])
     every = [f"iter_{step:07d}" for step in steps]

@@ -5,7 +5,8 @@ layout after another, taking megatron-core's groups down in between. Rank 0 writ
 jobs: per job the losses (``float.hex``) and gradient norms of each step, the validation losses, and the plan
 and changes at the end. A job with ``stop_at`` is asked to stop during that step, as by a signal; one with
 ``abandon_at`` ends after that step as a killed one does: nothing more is saved. One with ``saves: false``
-writes no checkpoint at all: saving takes seconds, twenty steps of a tiny model hardly more. ``engine``
+writes no checkpoint at all: saving takes long, twenty steps of a tiny model hardly longer. With ``slow_writing``
+what is written beside the training waits for the next step. ``engine``
 and ``late_engine`` put fields of megatron-core's ``TransformerConfig`` where no option and no rule lets them
 be, before and after DDP is built; where the loss is no number then, the job ends.
 """
@@ -18,6 +19,7 @@ import sys
 from pathlib import Path
 
 from distributed.jobs import leave_results
+from distributed.slow_writing import written_after_the_next_step
 
 
 def main() -> None:
@@ -94,9 +96,11 @@ def main() -> None:
         trainer.callbacks = [*kept, record]
         first = trainer.state.step
         expected = (Abandoned, DataError) if "engine" in job else (Abandoned,)
-        with contextlib.suppress(*expected):
+        slow = written_after_the_next_step(trainer) if job.get("slow_writing") else contextlib.nullcontext([])
+        with slow as held_back, contextlib.suppress(*expected):
             trainer.fit()
         results[job["name"]] = {
+            "held_back": held_back,
             "first_step": first,
             "steps": record.rows,
             "validation": record.validation,
@@ -110,5 +114,5 @@ def main() -> None:
         leave_results(jobs_file, results)
 
 
-if __name__ == "__main__":  # checkpoint saving starts helper processes that import this file again
+if __name__ == "__main__":
     main()

@@ -97,8 +97,7 @@ def test_transformers_agrees(lab: Lab, model: str) -> None:
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_documents_of_a_sample_keep_to_themselves(lab: Lab, dtype: str) -> None:
-    """Transformer Engine's packed (THD) attention and the CPU platform's mask: the same logits, and others than of
-    one document."""
+    """Transformer Engine's packed (THD) attention and the CPU platform's mask: the same logits."""
     group, tolerance = ("exact", 1e-5) if dtype == "fp32" else ("main", BF16)
     expected, found = (
         logits(lab, each, f"documents.{kind}") for each, kind in (("reference", "fp32"), (group, dtype))

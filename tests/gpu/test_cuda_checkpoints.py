@@ -79,7 +79,9 @@ def test_the_cpu_goes_on_from_the_gpus_checkpoint(lab: Lab) -> None:
 
 
 def test_written_beside_the_training_it_is_the_same(lab: Lab) -> None:
-    """``checkpoint.async_save``: the tensors of the checkpoints at steps 5 and 10 and the losses, to the bit."""
+    """``checkpoint.async_save``: the tensors of the checkpoints at steps 5 and 10 and the losses, to the bit; nothing
+    of step 5 is written before step 6 has changed all values in place."""
+    assert set(lab.result("exact", "written_async")["held_back"]) == {5}
     assert lab.hexes("exact", "written_async") == lab.hexes("exact", "whole")[:10]
     lab.result("exact", "stopped.second")
     for step in (5, 10):

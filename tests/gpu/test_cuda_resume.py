@@ -24,7 +24,7 @@ def both(lab: Lab, group: str, name: str) -> list[str]:
 
 
 def test_bf16_in_deterministic_mode_goes_on_to_the_bit(lab: Lab) -> None:
-    assert lab.result("exact", "whole")["engine"]["deterministic_mode"] or lab.rehearse
+    assert lab.result("exact", "whole")["deterministic_mode"] or lab.rehearse
     assert both(lab, "exact", "stopped") == lab.hexes("exact", "whole")[:10]
 
 

@@ -13,8 +13,9 @@ from .plan import RECIPES
 
 pytestmark = pytest.mark.gpu
 
-START = 5e-3
-"""Of the first loss in bf16: the same weights and tokens, so only the rounding of one forward pass."""
+START = 2e-3
+"""Of the first loss in bf16: the same weights and tokens, so only the rounding of one forward pass (the CPU's own
+differs by 0.5e-3 from fp32)."""
 
 
 def gaps_of_means(found: list[str], expected: list[str]) -> list[float]:
@@ -29,11 +30,11 @@ def test_fifty_steps_in_bf16_follow_the_cpus(lab: Lab) -> None:
     pairs = [(float.fromhex(a), float.fromhex(b)) for a, b in zip(found, expected, strict=True)]
     each, windows = [abs(a / b - 1) for a, b in pairs], gaps_of_means(found, expected)
     lab.figure(
-        "bf16 curve beside the CPU's", steps=count, first_gap=abs(pairs[0][0] - pairs[0][1]), largest_step=max(each),
+        "bf16 curve beside the CPU's", steps=count, first_gap=each[0], largest_step=max(each),
         largest_window=max(windows), last=pairs[-1][0], cpu_last=pairs[-1][1],
     )  # fmt: skip
     assert len(pairs) == count
-    assert abs(pairs[0][0] - pairs[0][1]) < START
+    assert each[0] < START
     assert max(each) < 0.01 and max(windows) < 0.003
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from distributed.slow_writing import written_after_the_next_step
 
 from megatron_syne import assembly
 from megatron_syne.checkpoint.callback import CheckpointCallback
@@ -24,8 +25,6 @@ from megatron_syne.preflight.rules import check
 from megatron_syne.training.callback import Callback
 
 KEPT = ("loss", "grad_norm", "validation", "fp8/loss_gap", "fp8/bf16_layers")
-CHOICES = ("gradient_accumulation_fusion", "deterministic_mode")
-"""Fields of the engine's configuration that the tests ask for."""
 SETTLED = 10
 """Steps after which nothing is compiled, cached or allocated for the first time any more."""
 
@@ -83,12 +82,16 @@ def train(job: dict[str, Any], platform: Any) -> dict[str, Any]:
         trainer.callbacks = [*kept, record]
         engine = gpt.unwrap(trainer.chunks[0]).config
         found: dict[str, Any] = {"first_step": trainer.state.step}
-        found["engine"] = {
-            name: getattr(engine, name) for name in ("gradient_accumulation_fusion", "deterministic_mode")
-        }
+        found["deterministic_mode"] = engine.deterministic_mode
+        fusing = [m for c in trainer.chunks for m in c.modules() if hasattr(m, "fuse_wgrad_accumulation")]
+        for module in fusing if job.get("unfused") else ():
+            module.fuse_wgrad_accumulation = False
+        found["fused"] = sum(bool(module.fuse_wgrad_accumulation) for module in fusing)
         watch = counted_syncs(trainer, record) if job.get("watch_device") else contextlib.nullcontext()
-        with watch, contextlib.suppress(Abandoned):
+        slow = written_after_the_next_step(trainer) if job.get("slow_writing") else contextlib.nullcontext([])
+        with watch, slow as held_back, contextlib.suppress(Abandoned):
             trainer.fit()
+        found["held_back"] = held_back
         counted = max(1, record.counted)
         found["syncs"] = {place: count / counted for place, count in record.syncs.most_common()}
         found |= {"rows": record.rows, "validation": record.validation, "allocated": record.allocated}
@@ -117,8 +120,6 @@ def built(job: dict[str, Any], platform: Any) -> Iterator[Any]:
         folder, step = job["goes_on_from"]
         name = f"checkpoints/iter_{step:07d}"
         shutil.copytree(Path(folder) / name, Path(config.run_dir) / name)
-    right = gpt.engine_config
-    gpt.engine_config = with_fields(right, job.get("engine", {}))
     trainer = None
     try:
         if platform.name == "cuda":
@@ -126,24 +127,10 @@ def built(job: dict[str, Any], platform: Any) -> Iterator[Any]:
         trainer = assembly.build_trainer(config, model, platform, info)
         yield trainer
     finally:
-        gpt.engine_config = right
         if trainer is not None:
             assembly.release(trainer)
         with contextlib.suppress(Exception):  # after an error they may be half there
             stop_model_parallel()
-
-
-def with_fields(engine_config: Any, fields: dict[str, Any]) -> Any:
-    """``engine_config`` with fields of its result that no option sets."""
-
-    def changed(*arguments: Any) -> Any:
-        engine = engine_config(*arguments)
-        for name, value in fields.items():
-            assert hasattr(engine, name)
-            setattr(engine, name, value)
-        return engine
-
-    return changed
 
 
 @contextmanager
