@@ -7,7 +7,7 @@
 # PYTHON   Python 3.11 or 3.12 that makes the environment (looked for under its usual names)
 # VENV     where the environment goes
 # EXTRAS   optional parts to install, of setup.py (dev); dev,dali,eval adds NVIDIA DALI (600 MB on disk) and the harness
-# JOBS     test files that run at the same time (2); a layout test starts up to 5 processes of its own
+# JOBS     test files that run at the same time (3: a layout test's processes wait for one another much of the time)
 # PYTEST_ARGS, DEMO_ARGS   further arguments, for example: make test PYTEST_ARGS='tests/unit -x'
 #
 # Which index packages come from is pip's own configuration. The default wheel of torch for Linux brings the CUDA
@@ -26,7 +26,7 @@ PYTHON ?= $(or $(shell for p in python3 python3.12 python3.11; do $$p -c '$(SUPP
 VENV ?= .venv
 EXTRAS ?= dev
 PYTEST_ARGS ?=
-JOBS ?= 2
+JOBS ?= 3
 DEMO_ARGS ?=
 
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check

@@ -108,8 +108,12 @@ def measure(way: str, options: argparse.Namespace) -> dict[str, float]:
     for _ in range(options.steps):
         begin, used = platform.mark(), time.process_time()
         value = float(step())
-        passed = platform.seconds_between(begin, platform.mark()) if options.platform == "cuda" else None
-        seconds.append(passed if passed is not None else time.process_time() - used)
+        end = platform.mark()
+        if options.platform == "cuda":  # an event's time is there when the GPU has come to it
+            torch.cuda.synchronize()
+            seconds.append(platform.seconds_between(begin, end))
+        else:
+            seconds.append(time.process_time() - used)
     return {
         "bytes": platform.peak_memory() - resting,
         "seconds": statistics.median(seconds),

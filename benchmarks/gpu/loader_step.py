@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 from cases import Case
 from ours import run_yaml
@@ -35,7 +35,8 @@ BUSY, BUSY_REHEARSED = 0.2, 0.03
 """Seconds of a step's work on the device."""
 ALONE, COMPARED = 200, 12
 """Global batches read alone, and compared."""
-BACKENDS = ("thread", "dali")
+Backend = Literal["thread", "dali"]
+BACKENDS: tuple[Backend, ...] = ("thread", "dali")
 
 
 def busy_work(device: torch.device, seconds: float) -> Callable[[], None]:
@@ -147,7 +148,7 @@ def measure(case: Case, options: Options) -> Record:
     platform = select("cpu" if options.rehearse else "cuda")
     vocab_size = shape_of(case, options.rehearse)["vocab_size"]
 
-    def loader(backend: str) -> TrainingLoader:
+    def loader(backend: Backend) -> TrainingLoader:
         data = replace(config.data, loader=backend)
         return build_training_data(
             replace(config, data=data),

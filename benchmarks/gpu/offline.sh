@@ -26,6 +26,7 @@ if [ ! -e "$SITE/.ready" ]; then
     --target "$SITE" "${wheels[@]}"
   touch "$SITE/.ready"
 fi
+SITE=$(cd "$SITE" && pwd)
 export PYTHONPATH="$root:$SITE${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}"
 "$@"

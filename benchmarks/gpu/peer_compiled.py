@@ -24,7 +24,7 @@ from process import Options, new_record, run_case, shape_of
 from record import Record
 
 RECOMPUTE = ("none", "selective", "full")
-"""In this order: the next is tried where nothing runs with the one before."""
+"""In this order: the next is tried where with the one before nothing runs and something has run out of memory."""
 TORCHAO = "torchao "
 """Before a recipe's name: its layers in place of ours."""
 
@@ -107,7 +107,10 @@ def measure(case: Case, options: Options) -> Record:
     for kernel in (attention, None):  # torch's own choice where none runs with the fastest
         for recompute in RECOMPUTE:
             if search.best is None:
+                before = set(search.tried)
                 search.attempt(variants(case, shape, device, kernel, recompute, compiled))
+                if not search.out_of_memory(before):
+                    break
     name, timed = search.measure()
     found: dict[str, Any] = {
         "best": name,

@@ -9,9 +9,10 @@ and the loss is read once at the end of a step, as ours is. Not run on a GPU yet
 from __future__ import annotations
 
 import gc
+import math
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -100,6 +101,7 @@ def train(variant: Variant, case: Case, rows: torch.Tensor, steps: int, warm: in
     """Build the variant and train it ``warm + steps`` steps: AdamW, clipping at 1, as ours.
 
     Tokens start anew where ``rows`` are used up. A step ends when its loss was read, behind the optimizer's work.
+    FloatingPointError where the last loss is not finite: such a variant is not to win.
     """
     device = rows.device
     on_gpu = device.type == "cuda"
@@ -130,6 +132,8 @@ def train(variant: Variant, case: Case, rows: torch.Tensor, steps: int, warm: in
             timed.losses.append(float(total))  # waits for all of the step
             if step >= warm:
                 timed.seconds.append(time.perf_counter() - started)
+    if not math.isfinite(timed.losses[-1]):
+        raise FloatingPointError("loss is not finite")
     if on_gpu:
         timed.peak_allocated = torch.cuda.max_memory_allocated()
         timed.peak_reserved = torch.cuda.max_memory_reserved()
@@ -170,6 +174,11 @@ class Search:
             release()
             print(f"{variant.name}: {self.tried[variant.name]}", flush=True)
         return self.best
+
+    def out_of_memory(self, before: Collection[str] = ()) -> bool:
+        """Whether one of those tried, ``before`` left out, ended for want of memory: less of it may run."""
+        errors = [facts.get("error", "") for name, facts in self.tried.items() if name not in before]
+        return any(error.startswith("OutOfMemoryError") for error in errors)
 
     @property
     def best(self) -> Variant | None:

@@ -263,12 +263,16 @@ def observations(rows: Sequence[Row], gpu: Gpu) -> list[Observation]:
 
 
 def fragmentation(rows: Sequence[Row]) -> float | None:
-    """Reserved beyond allocated, over what comes and goes: ``memory.FRAGMENTATION`` as measured, median of the rows."""
+    """Reserved beyond allocated, over what comes and goes: ``memory.FRAGMENTATION`` as measured, median of the rows but
+    the one held out."""
     shares = [
         (row.record.peak_reserved_bytes - row.record.peak_allocated_bytes)
         / sum(row.plan.components[name] for name in ("activations", "logits", "communication"))
         for row in rows
-        if row.plan and row.record.peak_reserved_bytes and row.record.peak_allocated_bytes
+        if row.use != "held out"
+        and row.plan
+        and row.record.peak_reserved_bytes
+        and row.record.peak_allocated_bytes
     ]
     return statistics.median(shares) if shares else None
 

@@ -280,8 +280,11 @@ MEMORY_READING = """
   given: 8 bytes for each with bf16 moments, 59.8 GiB for the whole 8B, which would not fit an H200
   (149.6 GiB). `platform/adam_slices.py` gives it 2**27 parameters at a time; then it is 3.9 GiB (the embedding), in
   the room of the activations.
-- With tensorwise or blockwise FP8 and fp32 masters megatron-core keeps masters and fp32 gradients itself: bf16
-  gradients are copied whole for the step, 29.9 GiB on the 8B; fp16 masters, or delayed scaling, avoid it.
+- With `fp8_param_gather`, tensorwise or blockwise FP8 and fp32 masters megatron-core keeps masters and fp32 gradients
+  itself: bf16 gradients are copied whole for the step, 29.9 GiB on the 8B; fp16 masters, or delayed scaling, avoid it.
+  No case of the 8B gathers FP8 weights.
+- The optimizer that offloads keeps an fp32 copy of the bf16 gradient of every parameter left on the GPU, from one step
+  to the next: 4 bytes each, 9.0 GiB with three tenths of the 8B.
 - On an H100 of 79.1 GiB bf16 weights, gradients and moments and fp16 masters, 10 bytes for each parameter, are 74.8
   GiB, too much with 4 GiB of activations and the context; with the first moment in FP8 it is 9 bytes, 67.3 GiB.
 """

@@ -87,6 +87,7 @@ def run_case(
         traceback.print_exc()
         text = "".join(traceback.format_exception(error))
         record = new_record(case, options, error=last_lines(text, options.output))
+    record.found = plain(record.found, options.output)  # errors of what was tried name files
     record.write(options.output)
     return 1 if record.error else 0
 
@@ -103,8 +104,10 @@ def import_ahead(rehearse: bool) -> None:
 
 def without_folders(text: str, output: Path) -> str:
     """An output without the folders of this machine, for what is kept of it."""
+    sites = {os.path.abspath(each) for each in os.environ.get("PYTHONPATH", "").split(os.pathsep) if each}
     places = (
         (str(output), "DIR"),
+        *((site, "SITE") for site in sorted(sites - {str(ROOT)}, key=len, reverse=True)),
         (str(ROOT) + os.sep, ""),
         (sys.prefix, "PYTHON"),
         (str(Path.home()), "HOME"),
@@ -112,6 +115,15 @@ def without_folders(text: str, output: Path) -> str:
     for folder, word in places:
         text = text.replace(folder, word) if len(folder) > 1 else text
     return text
+
+
+def plain(value: Any, output: Path) -> Any:
+    """A value of a record, its texts :func:`without_folders`."""
+    if isinstance(value, dict):
+        return {name: plain(each, output) for name, each in value.items()}
+    if isinstance(value, list):
+        return [plain(each, output) for each in value]
+    return without_folders(value, output) if isinstance(value, str) else value
 
 
 def last_lines(text: str, output: Path) -> str:
@@ -125,7 +137,7 @@ def new_record(case: Case, options: Options, **fields: Any) -> Record:
     record = Record(
         case=case.name,
         kind=case.kind,
-        command=command_of(case, options.rehearse),
+        command=command_of(case, options),
         shape=shape,
         precision=case.precision,
         warm_steps=case.warm,
@@ -139,10 +151,12 @@ def new_record(case: Case, options: Options, **fields: Any) -> Record:
     return record
 
 
-def command_of(case: Case, rehearse: bool = False) -> str:
-    """What to type to measure a case again; the output folder is the typist's."""
+def command_of(case: Case, options: Options) -> str:
+    """What to type to measure a case again; the output folder is the typist's, and where text and tokenizer lie."""
     words = ["python", f"benchmarks/gpu/{MODULES[case.kind]}.py", "--case", case.name, "--output", "DIR"]
-    return shlex.join(words + ["--rehearse"] * rehearse)
+    if case.real_text and options.text is not None and options.tokenizer is not None:
+        words += ["--text", options.text.name, "--tokenizer", options.tokenizer.name]
+    return shlex.join(words + ["--rehearse"] * options.rehearse)
 
 
 def shape_of(case: Case, rehearse: bool) -> dict[str, int]:

@@ -22,7 +22,7 @@ from typing import Any
 
 from cases import Case
 from ours import build, clear, run_yaml
-from process import Options, new_record, run_case
+from process import Options, new_record, run_case, without_folders
 from record import Record
 from trace_events import (
     STEP,
@@ -80,7 +80,7 @@ class Recording:
         self._annotation.__enter__()
 
     def end_step(self, trainer: Any) -> None:
-        """After all callbacks of the step: the trainer has waited for the device."""
+        """After all callbacks of the step: the trainer has waited for all but the zeroing of the gradients."""
         self._annotation.__exit__(None, None, None)
         self.seconds.append(time.perf_counter() - self._started)
         if self._profiler is not None:
@@ -111,11 +111,13 @@ class _Last(Callback):  # type: ignore[misc, unused-ignore]
 
 
 def read(plain: Sequence[Event], stacks: Sequence[Event]) -> dict[str, Any]:
-    """What both traces say. ValueError where the trace has no step."""
+    """What both traces say. ValueError where the trace has no step, or nothing of the device."""
     windows = steps_of(plain)
     if not windows:
         raise ValueError(f"the trace has no annotation {STEP}")
     device = [event for event in plain if event.on_device]
+    if not device:
+        raise ValueError("no kernel was recorded")
     gaps: list[dict[str, Any]] = []
     idle_share = []
     for number, window in enumerate(windows):
@@ -211,7 +213,7 @@ def measure(case: Case, options: Options) -> Record:
     if not os.environ.get("KEEP_TRACE"):
         recording.plain.unlink()
         recording.stacks.unlink()
-    text = as_markdown(case.name, found)
+    text = without_folders(as_markdown(case.name, found), options.output)
     options.output.mkdir(parents=True, exist_ok=True)
     (options.output / f"{case.name}.md").write_text(text)
     print(text)

@@ -44,9 +44,12 @@ def token_prefix(case: Case, output: Path, rehearse: bool) -> Path:
 
 
 def text_prefix(text: Path, tokenizer: Path, output: Path) -> Path:
-    """Prefix of real text, tokenised by ``tools/prepare_data.py`` where it is not yet."""
+    """Prefix of real text, tokenised by ``tools/prepare_data.py`` where ``output`` does not have it yet.
+
+    Where it was brought along, neither the text nor the tokenizer need be there: the name of the text tells it.
+    """
     prefix = output / "tokens" / f"text-{text.stem}"
-    if not prefix.with_suffix(".json").exists():
+    if not Path(f"{prefix}.json").exists():
         prefix.parent.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, str(ROOT / "tools" / "prepare_data.py"), "--input", str(text)]
         command += ["--tokenizer", str(tokenizer), "--output-prefix", str(prefix), "--overwrite"]

@@ -118,7 +118,8 @@ def kind_of_kernel(event: Event) -> str:
 
 
 def steps_of(events: Sequence[Event]) -> list[tuple[float, float]]:
-    """(start, end) of each annotated step, from the host's clock: each ends behind a wait for the device."""
+    """(start, end) of each annotated step, from the host's clock: each ends behind a wait for all of the device's
+    work but the zeroing of the gradients, which runs into the next."""
     return [(event.start, event.end) for event in events if event.kind == "note" and event.name == STEP]
 
 

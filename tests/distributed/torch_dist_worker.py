@@ -96,15 +96,18 @@ def load(path, chunks):
 
 
 def save(path, chunks, optimizer):
+    """By megatron-core's own functions, as Megatron-LM does it, not by ours."""
     import torch.distributed as dist
     from megatron.core import dist_checkpointing
 
-    from megatron_syne.checkpoint.manager import model_state, sharded_state
+    from megatron_syne.checkpoint.manager import _metadata, model_state
 
     if dist.get_rank() == 0:
         path.mkdir(parents=True)
     dist.barrier()
-    state = model_state(chunks) if optimizer is None else sharded_state(chunks, optimizer)
+    state = model_state(chunks)
+    if optimizer is not None:
+        state["optimizer"] = optimizer.sharded_state_dict(state, is_loading=False, metadata=_metadata(False))
     dist_checkpointing.save(state, str(path))
 
 

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -186,6 +187,35 @@ def test_when_time_runs_out_the_fastest_so_far_is_measured(monkeypatch: pytest.M
     assert "not tried" in tried.tried["second"]["error"]
 
 
+def test_a_loss_that_is_not_finite_does_not_win() -> None:
+    def build() -> peer_steps.Model:
+        weight = torch.nn.Parameter(torch.ones(1))
+        return peer_steps.Model(lambda tokens, labels: weight.sum() * float("nan"), [weight])
+
+    tried = peer_steps.Search(CASE, torch.zeros(4, 33, dtype=torch.int64))
+    assert tried.attempt([peer_steps.Variant("diverges", build)]) is None
+    assert tried.tried["diverges"]["error"] == "FloatingPointError: loss is not finite"
+
+
+@pytest.mark.parametrize(("error", "attempts"), [("OutOfMemoryError: CUDA", 6), ("RuntimeError: refused", 2)])
+def test_more_is_recomputed_only_for_want_of_memory(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, error: str, attempts: int
+) -> None:
+    """Each fastest kernel and torch's own choice: with all three ways of recomputing, or with the first alone."""
+    seen = []
+
+    class Nothing(peer_steps.Search):
+        def attempt(self, variants: Any) -> None:  # type: ignore[override]
+            seen.append([variant.name for variant in variants])
+            self.tried |= {name: {"error": error} for name in seen[-1]}
+
+    monkeypatch.setattr(peer_compiled, "Search", Nothing)
+    monkeypatch.setattr(peer_steps, "token_rows", lambda *_: torch.zeros(4, 33, dtype=torch.int64))
+    with pytest.raises(RuntimeError, match="no variant ran"):
+        peer_compiled.measure(replace(CASE, seq_length=32), Options(tmp_path, rehearse=True))
+    assert len(seen) == attempts
+
+
 def test_nothing_that_runs_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     tried = search(monkeypatch, {})
     tried.attempt(named("too large"))
@@ -332,6 +362,12 @@ def test_a_real_trace_is_read(tmp_path: Path) -> None:
     assert "| `aten::matmul` | gemm | 2 |" in profile_step.as_markdown("traced", found)
 
 
+def test_a_trace_without_kernels_is_refused() -> None:
+    host = [event for event in TRACE if not event.on_device]
+    with pytest.raises(ValueError, match="no kernel was recorded"):
+        profile_step.read(host, [])
+
+
 # -- loader and host
 
 
@@ -382,3 +418,18 @@ def test_account_of_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
     account.steps.append({})
     found = account.table(warm=1)["part"]
     assert found == pytest.approx({"mean": 3, "median": 3, "largest": 6, "cpu_mean": 0.75})
+
+
+def test_the_wait_for_the_figures_of_a_step_is_counted() -> None:
+    """``fetch`` only begins: what it returns is timed, as ``reduce``."""
+    trainer: Any = MagicMock()
+    trainer.callbacks, trainer.chunks = [], []
+    trainer.platform.fetch = lambda values: lambda: [2 * value for value in values]
+    account = host_step.Account()
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("set_learning_rate", "reduce_over_world"):  # put back afterwards
+            patch.setattr(f"megatron_syne.training.trainer.{name}", lambda: None)
+        host_step.watch(trainer, account)
+    read = trainer.platform.fetch([1.0])
+    account.steps.append({})
+    assert read() == [2.0] and set(account.steps[0]) == {"reduce"}

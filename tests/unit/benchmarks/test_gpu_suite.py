@@ -23,7 +23,7 @@ import report
 import suite
 from cases import CASES, FP8, MODULES, Case, case_named, tiny
 from goals import MATMUL, PEERS, goals
-from process import Options, new_record, shape_of
+from process import ROOT, Options, new_record, run_case, shape_of
 from record import Record, read_records
 
 from megatron_syne.config.loader import load_config
@@ -127,6 +127,71 @@ def test_random_tokens_are_the_same_each_time_and_within_the_vocabulary(tmp_path
     assert first.with_suffix(".bin").stat().st_mtime_ns == before
 
 
+def test_real_text_is_tokenised_once_and_may_be_brought_along(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a name with a dot in it; the second time neither text nor tokenizer is there, and nothing is started."""
+    from megatron_syne.data.tokens.reader import IndexedReader
+
+    demo = HERE.parents[1] / "examples" / "demo"
+    text = tmp_path / "web.small.jsonl"
+    text.write_text("".join((demo / "texts" / "en_web.valid.jsonl").read_text().splitlines(True)[:20]))
+    case = case_named("8b-bf16")
+    path = ours.run_yaml(case, tmp_path / "out", False, text, demo / "base_model")
+    prefix = Path(load_config(path).data.sources["text"].path)
+    assert prefix == tmp_path / "out" / "tokens" / "text-web.small"
+    reader = IndexedReader(prefix)
+    assert 10 <= reader.num_documents <= 20 and reader.num_tokens > 1000
+    monkeypatch.setattr("subprocess.run", None)
+    again = ours.run_yaml(case, tmp_path / "out", False, tmp_path / "gone" / text.name, tmp_path / "none")
+    assert Path(load_config(again).data.sources["text"].path) == prefix
+    plain = ours.run_yaml(case_named("8l-bf16"), tmp_path / "out", False, text, demo / "base_model")
+    assert "random-128256" in plain.read_text()
+
+
+def test_a_record_tells_its_text_and_no_folder_of_the_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site = tmp_path / "site"
+    monkeypatch.setenv(
+        "PYTHONPATH", os.pathsep.join([str(ROOT), str(site), "", str(ROOT / "build" / "site")])
+    )
+    options = Options(tmp_path / "out", text=tmp_path / "web.jsonl", tokenizer=tmp_path / "llama")
+    record = new_record(case_named("8b-bf16"), options)
+    assert record.command.endswith("--text web.jsonl --tokenizer llama")
+    assert "--text" not in new_record(case_named("8l-bf16"), options).command
+
+    def measure(case: Case, options: Options) -> Record:
+        error = f"{site}/torch/a.py {ROOT}/build/site/b.py {ROOT}/benchmarks/c.py {options.output}/d"
+        return new_record(case, options, found={"variants": {"x": {"error": error}}, "list": [error, 1.5]})
+
+    monkeypatch.chdir(ROOT)
+    assert run_case(measure, "", ["--case", "8l-bf16", "--output", str(options.output)]) == 0
+    told = "SITE/torch/a.py SITE/b.py benchmarks/c.py DIR/d"
+    assert read_records(options.output)["8l-bf16"].found == {
+        "variants": {"x": {"error": told}},
+        "list": [told, 1.5],
+    }
+
+
+def test_the_committed_predictions_are_the_planners() -> None:
+    """Each case of ours is on the page, with the seconds of a step that the planner says now, to its digits."""
+    import predictions
+
+    page = (ROOT / "benchmarks" / "results" / "h200" / "predictions.md").read_text()
+    section = page.split("## Every case")[1].split("## The goals")[0]
+    rows = [
+        [cell.strip() for cell in line.split("|")] for line in section.splitlines() if line.startswith("| ")
+    ]
+    seconds = {row[1]: row[2] for row in rows[1:]}
+    again = "give: python benchmarks/gpu/planned.py --output benchmarks/results/h200/predictions.md"
+    planner = {
+        case.name: f"{predictions.plan_of(case, predictions.H200).time.seconds:.4f}"
+        for case in predictions.ours()
+    }
+    assert seconds == planner, again
+
+
 # --- the suite ---
 
 
@@ -173,6 +238,9 @@ if name == "8l-tensorwise":  # with a child that must not outlive it
     time.sleep(60)
 if name == "8l-delayed":
     os.abort()
+if name.startswith("4l"):
+    open(os.path.join(folder, name + ".json"), "w").write('{"case": "4l-bf16", "kind": "ours", "command": "x"}')
+    time.sleep(60)
 """
 
 
@@ -205,6 +273,7 @@ def test_each_kind_of_failure_leaves_a_record(fake: suite.Suite, capsys: pytest.
     assert "limit" in (records["8l-tensorwise"].error or "") and "began" in (
         records["8l-tensorwise"].error or ""
     )
+    assert (records["8l-tensorwise"].error or "").splitlines()[-1].startswith("ended after its limit")
     assert f"signal {int(signal.SIGABRT)}" in (records["8l-delayed"].error or "")
     assert "left no record" in (records["8l-blockwise"].error or "")
     child = int((out / "child.pid").read_text())
@@ -218,6 +287,25 @@ def test_each_kind_of_failure_leaves_a_record(fake: suite.Suite, capsys: pytest.
     assert not {case.name for case in again} & set(records)
     retried = suite.chosen(["8l-*"], read_records(out), retry_failed=True)
     assert set(records) <= {case.name for case in retried}
+
+
+@pytest.mark.parametrize("how", ["limit", "budget", "signal"])
+def test_a_whole_record_counts_however_its_process_ends(fake: suite.Suite, how: str) -> None:
+    """It hangs at its exit."""
+    result = fake.options.output / "4l-bf16.json"
+
+    def stop_when_written() -> None:
+        while not result.exists():
+            time.sleep(0.02)
+        fake.stop(signal.SIGTERM, None)
+
+    if how == "signal":
+        threading.Thread(target=stop_when_written, daemon=True).start()
+    if how == "budget":
+        fake.minutes = 2.0 / 60
+    minutes = {"limit": 2.0, "budget": 3.0, "signal": 50.0}[how] / 60
+    (record,) = fake.run([replace(case_named("4l-bf16"), minutes=minutes)])
+    assert record.error is None and record.command == "x" and result.exists()
 
 
 def test_a_case_that_no_longer_fits_is_not_begun(
@@ -251,7 +339,7 @@ print("ready", time.monotonic(), os.getpid(), flush=True)
 if "--wait" in sys.argv and not sys.stdin.readline():
     sys.exit("nobody is there")
 print("begin", time.monotonic(), flush=True)
-after = {"8l-bf16": "8l-tensorwise", "8l-tensorwise": "8l-delayed"}.get(name)
+after = {"4l-bf16": "8l-tensorwise", "8l-tensorwise": "8l-delayed"}.get(name)
 until = time.monotonic() + 30
 while after and time.monotonic() < until:  # not before the next one is ready
     path = os.path.join(folder, "logs", after + ".txt")
@@ -265,13 +353,13 @@ print("end", time.monotonic(), flush=True)
 def test_the_next_case_is_ready_when_one_ends_and_begins_no_sooner(fake: suite.Suite, tmp_path: Path) -> None:
     (tmp_path / "scripts" / "ours.py").write_text(WAITS)
     fake.ahead, fake.minutes = True, 3.0
-    first, second = (replace(case_named(name), minutes=1.0) for name in ("8l-bf16", "8l-tensorwise"))
+    first, second = (replace(case_named(name), minutes=1.0) for name in ("4l-bf16", "8l-tensorwise"))
     too_long, fourth = (
         replace(case_named("8l-delayed"), minutes=9.0),
         replace(case_named("8l-blockwise"), minutes=0.2),
     )
     assert [record.case for record in fake.run([first, second, too_long, fourth])] == [
-        "8l-bf16",
+        "4l-bf16",
         "8l-tensorwise",
         "8l-blockwise",
     ]
@@ -279,9 +367,22 @@ def test_the_next_case_is_ready_when_one_ends_and_begins_no_sooner(fake: suite.S
     for path in (fake.options.output / "logs").iterdir():
         told[path.stem] = {line.split()[0]: line.split()[1:] for line in path.read_text().splitlines()}
     at = {name: {word: float(values[0]) for word, values in words.items()} for name, words in told.items()}
-    assert at["8l-tensorwise"]["ready"] < at["8l-bf16"]["end"] < at["8l-tensorwise"]["begin"]
+    assert at["8l-tensorwise"]["ready"] < at["4l-bf16"]["end"] < at["8l-tensorwise"]["begin"]
     assert set(at["8l-delayed"]) == {"ready"} and gone(int(told["8l-delayed"]["ready"][1]))
     assert at["8l-blockwise"]["begin"] > at["8l-tensorwise"]["end"]
+
+
+@pytest.mark.parametrize("name", ["machine", "stall-sync", "8l-bf16", "host", "loader"])
+def test_nothing_is_imported_beside_what_is_judged_by_little(
+    fake: suite.Suite, tmp_path: Path, name: str
+) -> None:
+    case = replace(case_named(name), minutes=0.5)
+    (tmp_path / "scripts" / f"{MODULES[case.kind]}.py").write_text("print('begun', flush=True)")
+    fake.ahead = True
+    (fake.options.output / "logs").mkdir(parents=True)
+    record = fake.one(case, 0.5, [case_named("8l-tensorwise")])
+    assert record is not None and "left no record" in (record.error or "") and fake.waiting is None
+    assert not (fake.options.output / "logs" / "8l-tensorwise.txt").exists()
 
 
 def test_unknown_patterns_and_cases_are_told() -> None:
@@ -348,7 +449,7 @@ def example() -> dict[str, Record]:
         made("8l-delayed", 1.5, error="boom\nout of memory"),
         made("8l-transformers", 2.2),
         made("8l-compiled", 2.4),
-        made("8b-bf16", 9.0, losses=[12.0] * 5 + [11.0] * 25 + [9.0] * 5),
+        made("8b-bf16", 9.0, losses=[12.0] * 5 + [11.0] * 25 + [9.0] * 5, found={"tokens": "real text"}),
     ]
     machine = new_record(case_named("machine"), Options(Path()), found={MATMUL: 640e12, "missing": {}})
     return {record.case: record for record in [*records, machine]}
@@ -367,6 +468,16 @@ def test_goals_are_judged_by_the_figures_alone() -> None:
     ]
     assert found == [None if value is None else pytest.approx(value) for value in expected]
     assert [met for *_, met in goals(example())] == [True, False, False, False, None, True, True]
+
+
+def test_random_tokens_have_no_falling_loss_to_judge() -> None:
+    records = example()
+    records["8b-bf16"].found["tokens"] = "random"
+    assert [(goal, value, met) for goal, _, value, met in goals(records)][-1] == (
+        "8B, 32 layers: loss on real text falls over 30 steps, nats",
+        None,
+        None,
+    )
 
 
 def test_nothing_measured_is_no_figure() -> None:

@@ -12,7 +12,7 @@ from megatron_syne.models.config import resolve_model
 from megatron_syne.planner import activations, costs, recompute, update
 from megatron_syne.planner.hardware import GIB, GPUS
 from megatron_syne.planner.memory import RankMemory, memory_by_stage
-from megatron_syne.planner.model_state import SLICE_NUMBERS, adam_reads_gradients, step_bytes
+from megatron_syne.planner.model_state import SLICE_NUMBERS, adam_reads_gradients, optimizer_bytes, step_bytes
 from megatron_syne.planner.speed import StepTime, step_time
 from megatron_syne.planner.stacks import CUDA_PLATFORM, MEGATRON, Stack
 from megatron_syne.preflight.rules import check
@@ -136,6 +136,21 @@ def test_a_step_copies_what_is_not_fp32() -> None:
     halves = run(precision=gathered, optimizer={**BF16_GRADIENTS["optimizer"], "main_params_dtype": "fp16"})
     assert step_bytes(WHOLE, delayed, True) == 0
     assert step_bytes(WHOLE, halves, True, TABLE) == 4 * TABLE
+
+
+def test_what_is_stepped_on_the_gpu_beside_the_host_keeps_fp32_gradients() -> None:
+    """4 bytes more for each number there, where gradients are bf16; 12 where they are fp32."""
+    away = {"optimizer_cpu_offload": True, "optimizer_offload_fraction": 0.7}
+    bf16 = run(
+        precision=BF16_GRADIENTS["precision"], optimizer={**BF16_GRADIENTS["optimizer"], **away}
+    ).optimizer
+    numbers = 1_000_000
+    for precision, width in ((BF16_GRADIENTS["precision"], 16), ({}, 12)):
+        config = run(
+            precision=precision, optimizer={**vars(bf16), "main_grads_dtype": "bf16" if precision else "fp32"}
+        )
+        assert optimizer_bytes(numbers, config) == pytest.approx(0.3 * width * numbers, abs=1)
+        assert step_bytes(numbers, config, True) == 0
 
 
 def test_slices_are_the_platforms() -> None:
