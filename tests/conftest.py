@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import pytest
@@ -26,6 +29,25 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip("real inputs are absent: expected the folder ../shared/data beside the checkout")
     return folder
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Callable[[str], AbstractContextManager[Path]]:
+    """``with small_disk("12m") as disk``: a real disk of that size; skips where none may be mounted."""
+
+    @contextmanager
+    def mounted(size: str) -> Iterator[Path]:
+        disk = tmp_path / "disk"
+        disk.mkdir()
+        command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(disk)]
+        if subprocess.run(command, capture_output=True).returncode:
+            pytest.skip("needs the right to mount a small tmpfs")
+        try:
+            yield disk
+        finally:
+            subprocess.run(["umount", str(disk)], check=True)
+
+    return mounted
 
 
 # The files whose tests take longest, by folder or name: begun first, so that no process ends up alone with them.

@@ -19,8 +19,8 @@ import compiled_llama
 import peer_steps
 import torch
 from cases import Case
-from peer_steps import Model, Search, Variant
-from process import Options, new_record, run_case, shape_of
+from peer_steps import Model, Search, Variant, record_of
+from process import Options, run_case, shape_of
 from record import Record
 
 RECOMPUTE = ("none", "selective", "full")
@@ -120,16 +120,7 @@ def measure(case: Case, options: Options) -> Record:
         "compiled": compiled,
         "absent": [each for each in ("torchao", "torchtitan") if importlib.util.find_spec(each) is None],
     }
-    return new_record(
-        case,
-        options,
-        step_seconds=timed.seconds,
-        losses=timed.losses,
-        warm_steps=case.warm,
-        peak_allocated_bytes=timed.peak_allocated,
-        peak_reserved_bytes=timed.peak_reserved,
-        found=found,
-    )
+    return record_of(case, options, timed, found)
 
 
 if __name__ == "__main__":

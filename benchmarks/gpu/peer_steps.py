@@ -21,7 +21,8 @@ import numpy as np
 import torch
 from cases import Case
 from ours import run_yaml
-from process import Options, shape_of
+from process import Options, new_record, shape_of
+from record import Record
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -75,6 +76,20 @@ class Timed:
     losses: list[float]
     peak_allocated: int | None = None
     peak_reserved: int | None = None
+
+
+def record_of(case: Case, options: Options, timed: Timed, found: dict[str, Any]) -> Record:
+    """The record of the variant that was measured in full."""
+    return new_record(
+        case,
+        options,
+        step_seconds=timed.seconds,
+        losses=timed.losses,
+        warm_steps=case.warm,
+        peak_allocated_bytes=timed.peak_allocated,
+        peak_reserved_bytes=timed.peak_reserved,
+        found=found,
+    )
 
 
 def pick_device(rehearse: bool) -> torch.device:

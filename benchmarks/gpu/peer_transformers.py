@@ -17,8 +17,8 @@ from typing import Any
 import peer_steps
 import torch
 from cases import Case
-from peer_steps import BACKENDS, LossOf, Model, Search, Variant
-from process import Options, new_record, run_case, shape_of
+from peer_steps import BACKENDS, LossOf, Model, Search, Variant, record_of
+from process import Options, run_case, shape_of
 from record import Record
 
 SYNE = "fp32 autocast, checkpointing, sdpa"
@@ -122,29 +122,21 @@ def measure(case: Case, options: Options) -> Record:
     # Llama-3-SynE's own way is never left out for want of time
     search.attempt([variant(shape, device, "fp32", True)])
     best = search.attempt([variant(shape, device, attention=each) for each in attentions()])
-    found = attention_of(best)
+    attention = attention_of(best)
     search.attempt(
         [
-            variant(shape, device, "fp32", attention=found),
-            variant(shape, device, "bf16", True, attention=found),
+            variant(shape, device, "fp32", attention=attention),
+            variant(shape, device, "bf16", True, attention=attention),
         ]
     )
     name, timed = search.measure()
-    return new_record(
-        case,
-        options,
-        step_seconds=timed.seconds,
-        losses=timed.losses,
-        warm_steps=case.warm,
-        peak_allocated_bytes=timed.peak_allocated,
-        peak_reserved_bytes=timed.peak_reserved,
-        found={
-            "best": name,
-            "variants": search.tried,
-            "llama_3_syne": SYNE,
-            "absent": [module for module in PACKAGES.values() if importlib.util.find_spec(module) is None],
-        },
-    )
+    found = {
+        "best": name,
+        "variants": search.tried,
+        "llama_3_syne": SYNE,
+        "absent": [module for module in PACKAGES.values() if importlib.util.find_spec(module) is None],
+    }
+    return record_of(case, options, timed, found)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -395,16 +396,11 @@ def test_two_at_once(large: Path, tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["out"]
 
 
-def test_a_full_disk(large: Path, tmp_path: Path) -> None:
+def test_a_full_disk(
+    large: Path, tmp_path: Path, small_disk: Callable[[str], AbstractContextManager[Path]]
+) -> None:
     """A real small one: first too small for the plan, then filled by somebody else under way."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=40m", "tmpfs", str(disk)], capture_output=True
-    )
-    if mounted.returncode:
-        pytest.skip("needs the right to mount a small tmpfs")
-    try:
+    with small_disk("40m") as disk:
         weights = opened(large)
         target = shards(weights)
         with pytest.raises(IOFault, match=r"bytes are needed.*nothing was written"):
@@ -420,8 +416,6 @@ def test_a_full_disk(large: Path, tmp_path: Path) -> None:
         convert(weights, target, tmp_path / "whole")
         assert contents(disk / "out") == contents(tmp_path / "whole")
         assert os.listdir(disk) == ["out"]
-    finally:
-        subprocess.run(["umount", str(disk)], check=True)
 
 
 def test_a_limit_on_file_sizes(large: Path, tmp_path: Path) -> None:

@@ -40,14 +40,18 @@ def main() -> None:
     def engine(labels, logits):
         return vocab_parallel_cross_entropy(logits, labels.t().contiguous()).t()
 
+    def configured(weight: float, multiple: int, chunk: int | None = None) -> RunConfig:
+        return RunConfig(
+            model=ModelConfig(vocab_size=VOCABULARY, make_vocab_size_divisible_by=multiple),
+            parallel=ParallelConfig(tensor_model_parallel_size=dist.get_world_size()),
+            train=TrainConfig(z_loss=weight),
+            memory=MemoryConfig(loss_chunk_tokens=chunk),
+        )
+
     def compare(weight: float, multiple: int, training: bool) -> dict[str, float]:
         tp, rank = dist.get_world_size(), parallel_state.get_tensor_model_parallel_rank()
-        model = ModelConfig(vocab_size=VOCABULARY, make_vocab_size_divisible_by=multiple)
-        config = RunConfig(
-            model=model,
-            parallel=ParallelConfig(tensor_model_parallel_size=tp),
-            train=TrainConfig(z_loss=weight),
-        )
+        config = configured(weight, multiple)
+        model = config.model
         padded = padded_vocab_size(model, tp)
         torch.manual_seed(3)
         whole = torch.randn(SEQ, BATCH, padded) * 4 + 5
@@ -90,13 +94,8 @@ def main() -> None:
         weight: float, multiple: int, training: bool, chunk: int, sequence_parallel: bool
     ) -> dict[str, float]:
         tp, rank = dist.get_world_size(), parallel_state.get_tensor_model_parallel_rank()
-        model = ModelConfig(vocab_size=VOCABULARY, make_vocab_size_divisible_by=multiple)
-        config = RunConfig(
-            model=model,
-            parallel=ParallelConfig(tensor_model_parallel_size=tp),
-            train=TrainConfig(z_loss=weight),
-            memory=MemoryConfig(loss_chunk_tokens=chunk),
-        )
+        config = configured(weight, multiple, chunk)
+        model = config.model
         torch.manual_seed(4)
         hidden = torch.randn(SEQ, BATCH, HIDDEN)
         matrix = torch.randn(padded_vocab_size(model, tp), HIDDEN)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -12,6 +11,7 @@ import pytest
 from megatron_syne.checkpoint.folder import read_manifest, read_metadata
 
 from .conftest import Bench
+from .full_disk import SmallDisk, assert_full_disk_is_told
 from .ranks import logs_of, run_ranks, start_ranks, wait_ranks
 from .stored import stored_tensor
 from .test_layouts import TP2
@@ -119,27 +119,14 @@ def test_killed_while_writing(bench: Bench, runs: tuple[Path, dict[str, dict]], 
     assert checkpoints(run) == ["iter_0000012", "iter_0000016", "iter_0000020"]
 
 
-def test_a_disk_that_fills_in_the_background(bench: Bench, tmp_path: Path) -> None:
+def test_a_disk_that_fills_in_the_background(bench: Bench, small_disk: SmallDisk) -> None:
     """A real small disk: the first checkpoint fits, the second does not; told as when training waits."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=12m", "tmpfs", str(disk)], capture_output=True
-    )
-    if mounted.returncode:
-        pytest.skip("needs the right to mount a small tmpfs")
-    try:
+    with small_disk("12m") as disk:
         run = disk / "run"
         ranks = start_ranks(
             2, ["-m", "megatron_syne.train", *command(bench, run, "checkpoint.save_interval=4")]
         )
-        assert wait_ranks(ranks) == [74, 74], [logs_of(r)[-2000:] for r in ranks]
-        text = logs_of(ranks[0]) + logs_of(ranks[1])
-        assert "cannot write a checkpoint" in text and " bytes free there)" in text
-        assert "Traceback" not in text
-        assert sum(line.startswith("error") for line in text.splitlines()) == 1
+        assert_full_disk_is_told(ranks)
         assert checkpoints(run) == ["iter_0000004"]
         read_manifest(run / "checkpoints" / "iter_0000004")
         assert json.loads((run / "last_exit.json").read_text())["exit_code"] == 74
-    finally:
-        subprocess.run(["umount", str(disk)], check=True)

@@ -7,13 +7,13 @@ import os
 import pickle
 import shutil
 import signal
-import subprocess
 import time
 from pathlib import Path
 
 import pytest
 
 from .conftest import Bench
+from .full_disk import SmallDisk, assert_full_disk_is_told
 from .ranks import logs_of, run_ranks, start_ranks, wait_ranks
 
 pytestmark = pytest.mark.slow
@@ -102,29 +102,16 @@ def test_a_second_run_in_the_same_folder_is_refused(bench: Bench, tmp_path: Path
 
 
 def test_a_full_disk_keeps_the_earlier_checkpoint(
-    bench: Bench, tmp_path: Path, undisturbed: list[str]
+    bench: Bench, tmp_path: Path, small_disk: SmallDisk, undisturbed: list[str]
 ) -> None:
     """A real small disk: the first checkpoint fits, the second does not."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=12m", "tmpfs", str(disk)], capture_output=True
-    )
-    if mounted.returncode:
-        pytest.skip("needs the right to mount a small tmpfs")
-    try:
+    with small_disk("12m") as disk:
         run = disk / "run"
         ranks = start_ranks(2, command(bench, run, "checkpoint.save_interval=4"))
-        assert wait_ranks(ranks) == [74, 74], [logs_of(r)[-2000:] for r in ranks]
-        text = logs_of(ranks[0]) + logs_of(ranks[1])
-        assert "cannot write a checkpoint" in text and " bytes free there)" in text
-        assert "Traceback" not in text
-        assert sum(line.startswith("error") for line in text.splitlines()) == 1
+        assert_full_disk_is_told(ranks)
         assert [p.name for p in (run / "checkpoints").iterdir()] == ["iter_0000004"]
         assert json.loads((run / "last_exit.json").read_text())["exit_code"] == 74
         moved = shutil.copytree(run, tmp_path / "run")
-    finally:
-        subprocess.run(["umount", str(disk)], check=True)
     run_ranks(2, command(bench, moved))
     assert [row["loss_hex"] for row in metrics(moved)] == undisturbed
 
